@@ -1,0 +1,156 @@
+"""The block loop, written once for every method: feed a decoder block, collect its linears' inputs, hand on its output.
+
+A block's arguments beside the hidden states (masks, rotary tables, flags) differ between architectures. Instead of
+imitating them, the model's own forward runs: blocks before the wanted one pass their input through, the wanted one gets
+the stored hidden states in place of what arrived, and the run stops there. So sliding windows, per-layer rotary tables
+and masks are right by construction, and only the wanted block needs weights.
+Memory: one block, the hidden states `[samples, length, hidden]`, and one batch of activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibrate.statistics import Gram
+from compress.errors import CompressError
+
+Batch = tuple[Tensor, Tensor | None]
+
+
+class _Stop(Exception):
+    """Raised inside the model's forward once the wanted value has been seen."""
+
+
+class BlockRunner:
+    """Runs single decoder blocks of a model whose other blocks have no weights."""
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: list[Batch], device: torch.device) -> None:
+        self.model, self.blocks, self.batches, self.device = model, blocks, batches, device
+        self.returns_tuple = False
+        self.hidden: list[Tensor] = []
+        self.mask: Tensor | None = None  # of the batch that is running
+
+    def embed(self) -> None:
+        """Fill `hidden` with the first block's inputs; the embedding must hold its weights."""
+
+        def capture(hidden: Tensor, *args: Any, **kwargs: Any) -> None:
+            self.hidden.append(hidden.cpu())
+            raise _Stop
+
+        self.hidden = []
+        with torch.inference_mode(), self._replaced({0: capture}):
+            for ids, mask in self.batches:
+                self._drive({"input_ids": ids.to(self.device)}, mask)
+
+    def run(self, index: int, *, keep: bool) -> None:
+        """Run block `index` on all batches; with `keep` its outputs become the new hidden states.
+
+        Raises:
+            CompressError: the block's output is not finite, with its number.
+        """
+        block_forward = self.blocks[index].forward  # bound, taken before it is replaced
+        outputs: list[Tensor] = []
+        stored: Tensor
+
+        def wanted(_: Tensor, *args: Any, **kwargs: Any) -> None:
+            output = block_forward(stored, *args, **kwargs)
+            self.returns_tuple = isinstance(output, tuple)
+            outputs.append((output[0] if self.returns_tuple else output).cpu() if keep else torch.empty(0))
+            raise _Stop
+
+        with torch.inference_mode(), self._replaced({**dict.fromkeys(range(index), self._pass), index: wanted}):
+            for (_, mask), hidden in zip(self.batches, self.hidden, strict=True):
+                stored = hidden.to(self.device)
+                self._drive({"inputs_embeds": stored}, mask)
+        if keep:
+            for (_, mask), output in zip(self.batches, outputs, strict=True):
+                real = output if mask is None else output[mask]
+                if not torch.isfinite(real).all():
+                    raise CompressError(f"activations after block {index} hold NaN or infinite values")
+            self.hidden = outputs
+
+    def run_head(self, head: nn.Module, visit: Callable[[Tensor, Tensor | None], None]) -> None:
+        """Call `visit(inputs, mask)` with what the output projection would get after the last block."""
+        stored: Tensor
+
+        def last(_: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (stored,) if self.returns_tuple else stored
+
+        count = len(self.blocks)
+        replaced = {**dict.fromkeys(range(count - 1), self._pass), count - 1: last}
+
+        def stop(module: nn.Module, args: tuple) -> None:
+            visit(args[0], self.mask)
+            raise _Stop
+
+        handle = head.register_forward_pre_hook(stop)
+        try:
+            with torch.inference_mode(), self._replaced(replaced):
+                for (_, mask), hidden in zip(self.batches, self.hidden, strict=True):
+                    stored = hidden.to(self.device)
+                    self._drive({"inputs_embeds": stored}, mask)
+        finally:
+            handle.remove()
+
+    def grams(self, index: int, linears: dict[str, nn.Module], *, keep: bool) -> dict[str, Gram]:
+        """Gram matrices of the inputs of the named linears of a block; those fed the same tensor share one.
+
+        Raises:
+            CompressError: a linear was never called, or its input is not finite, by name.
+        """
+        leader: dict[str, str] = {}  # who collects for whom, settled by the first batch
+        grams: dict[str, Gram] = {}
+        seen: list[tuple[Tensor, str]] = []  # inputs of this batch and who got them first; holds them alive
+
+        def hook(name: str) -> Callable:
+            def collect(module: nn.Module, args: tuple) -> None:
+                x = args[0]
+                if name not in leader:
+                    leader[name] = next((owner for other, owner in seen if other is x), name)
+                if leader[name] == name:
+                    seen.append((x, name))
+                    grams.setdefault(name, Gram(x.shape[-1], x.device)).add(x, self.mask)
+
+            return collect
+
+        handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+        handles.append(self.blocks[index].register_forward_pre_hook(lambda *_: seen.clear()))
+        try:
+            self.run(index, keep=keep)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name in linears:
+            if name not in leader:
+                raise CompressError(f"{name} is not called by its block: leave it out with a rule `method: none`")
+            if not torch.isfinite(grams[leader[name]].sum_II).all():
+                raise CompressError(f"inputs of {name} hold NaN or infinite values")
+        return {name: grams[leader[name]] for name in linears}
+
+    def _pass(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden,) if self.returns_tuple else hidden
+
+    def _drive(self, inputs: dict[str, Tensor], mask: Tensor | None) -> None:
+        self.mask = mask
+        padding = {} if mask is None else {"attention_mask": mask.long().to(self.device)}
+        try:
+            self.model(**inputs, **padding, use_cache=False)
+        except _Stop:
+            return
+        raise CompressError(f"{type(self.model).__name__} ran without calling its decoder blocks")
+
+    @contextmanager
+    def _replaced(self, forwards: dict[int, Callable]) -> Iterator[None]:
+        """Give blocks another `forward` for a while; their attributes, which the model may read, stay."""
+        for index, forward in forwards.items():
+            self.blocks[index].forward = forward
+        try:
+            yield
+        finally:
+            for index in forwards:
+                del self.blocks[index].forward

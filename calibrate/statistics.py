@@ -1,0 +1,46 @@
+"""Streaming second moments of layer inputs.
+
+G = (1/T) sum over tokens of x x^T, uncentred. Products are fp32, the running sum fp64: a sum of 10^5 fp32 products of
+mixed size would lose the small directions that whitening divides by. Sums merge, so processes can share the tokens.
+
+Legend: T tokens, I input features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK_COLUMNS = 512
+
+
+class Gram:
+    """Sum of x x^T and the number of tokens in it. Memory: I^2 x 8 bytes."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.sum_II = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add inputs `[..., I]`; `mask` `[...]` is true for the tokens that count, padding is left out."""
+        x_TI = x.detach().reshape(-1, x.shape[-1])
+        if mask is not None:
+            x_TI = x_TI[mask.reshape(-1).to(x.device).bool()]
+        x_TI = x_TI.float()
+        # The product is symmetric: only the blocks on and above the diagonal are computed.
+        for start in range(0, x_TI.shape[1], _BLOCK_COLUMNS):
+            rows = slice(start, start + _BLOCK_COLUMNS)
+            self.sum_II[rows, start:] += (x_TI[:, rows].T @ x_TI[:, start:]).double()
+        self.tokens += len(x_TI)
+
+    def merge(self, other: Gram) -> None:
+        """Add the statistics of other tokens."""
+        self.sum_II += other.sum_II
+        self.tokens += other.tokens
+
+    def mean(self) -> Tensor:
+        """The Gram matrix per token, `[I, I]` fp64; ValueError when no token was seen."""
+        if self.tokens == 0:
+            raise ValueError("no token was seen")
+        upper = self.sum_II.triu()
+        return (upper + upper.triu(1).T) / self.tokens

@@ -1,0 +1,13 @@
+"""Make trained Hugging Face language models smaller and faster without training them again.
+
+`import compress` registers the checkpoint format with transformers, so that `from_pretrained` opens compressed models.
+"""
+
+from compress import hf as _hf  # registers the format
+from compress.checkpoint import export_dense, load
+from compress.errors import CompressError
+from compress.recipe import Recipe
+from compress.run import compress_model, run
+from compress.version import __version__
+
+__all__ = ["CompressError", "Recipe", "__version__", "compress_model", "export_dense", "load", "run"]

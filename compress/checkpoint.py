@@ -1,0 +1,209 @@
+"""The compressed checkpoint: written from blocks and the original's untouched tensors, checked, loaded, exported.
+
+A normal Hugging Face directory whose config.json carries
+
+    "quantization_config": {"quant_method": "compress", "version": ..., "modules": {name: spec}}
+    "transformers_weights": a sentence that names the import
+
+Transformers only warns about an unknown quant_method and would then run random weights. `transformers_weights` normally
+names the weight file; as a sentence it makes plain transformers raise an error that shows it, and `compress.hf` removes
+it on loading.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.errors import CompressError
+from compress.layers import Spec, all_tensors, build, layer_class
+from compress.model import INDEX, Source, open_source, read_tensor_index
+from compress.plan import Plan
+from compress.recipe import Recipe
+from compress.report import Report, megabytes
+from compress.tensorfile import StoredTensor, read_header, write_file, write_whole
+from compress.version import __version__
+
+FORMAT_VERSION = 1
+GUARD = (
+    "this is a compressed checkpoint; run `import compress` (pip install subspace-compress) before from_pretrained, "
+    "or make a dense copy with `compress export`"
+)
+
+
+def versions() -> dict[str, str]:
+    """What made this result."""
+    packages = ("torch", "transformers", "safetensors", "numpy")
+    return {"compress": __version__, "python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
+
+
+def assemble(
+    source: Source, plan: Plan, block_files: list[Path], report: Report, recipe: Recipe, output: Path, max_shard_bytes: int
+) -> Report:
+    """Write the complete checkpoint directory; returns the report with the sizes of both checkpoints filled in."""
+    shutil.rmtree(output, ignore_errors=True)  # left by a run that was killed here
+    output.mkdir()
+    replaced = {f"{job.name}.weight" for job in plan.jobs}
+    tensors = {name: tensor for name, tensor in source.tensors.items() if name not in replaced}
+    for file in block_files:
+        tensors.update(read_header(file))
+    total = write_shards(output, tensors, max_shard_bytes)
+    dense = sum(tensor.num_bytes for tensor in source.tensors.values())
+    report = replace(report, checkpoint_bytes=total, dense_checkpoint_bytes=dense)
+    quantization = {
+        "quant_method": "compress",
+        "version": FORMAT_VERSION,
+        "modules": {job.name: job.spec for job in plan.jobs},
+    }
+    config = {**source.config, "quantization_config": quantization, "transformers_weights": GUARD}
+    for path in source.side_files():
+        shutil.copyfile(path, output / path.name)
+    write_json(output / "config.json", config)
+    write_json(output / "report.json", report.to_dict())
+    write_whole(output / "recipe.yaml", [recipe.to_yaml().encode()])
+    write_whole(output / "README.md", [_card(report).encode()])
+    return report
+
+
+def write_shards(output: Path, tensors: dict[str, StoredTensor], max_shard_bytes: int) -> int:
+    """Write tensors as one file, or as numbered shards with an index; returns their bytes."""
+    shards: list[dict[str, StoredTensor]] = [{}]
+    size = 0
+    for name, tensor in sorted(tensors.items()):
+        if shards[-1] and size + tensor.num_bytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.num_bytes
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    if len(shards) == 1:
+        write_file(output / "model.safetensors", shards[0])
+        return total
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(output / file, shard)
+        weight_map.update(dict.fromkeys(shard, file))
+    write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return total
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_whole(path, [(json.dumps(data, indent=2) + "\n").encode()])
+
+
+def module_specs(config: dict[str, Any]) -> dict[str, Spec]:
+    """The specs in a config.json; CompressError when it is not that of a compressed checkpoint of this version."""
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != "compress":
+        raise CompressError("not a compressed checkpoint: config.json has no quantization_config of quant_method compress")
+    if quantization.get("version") != FORMAT_VERSION:
+        raise CompressError(
+            f"checkpoint format {quantization.get('version')!r}, this version reads {FORMAT_VERSION}; update subspace-compress"
+        )
+    modules = quantization.get("modules")
+    if not isinstance(modules, dict):
+        raise CompressError("config.json: quantization_config.modules is missing")
+    return modules
+
+
+def validate(path: Path, specs: dict[str, Spec]) -> dict[str, StoredTensor]:
+    """Check every tensor's shape and dtype against the specs, and what the tensors hold, before anything is computed.
+
+    Raises:
+        CompressError: the first thing that does not fit, with file, tensor, what was expected and what came.
+    """
+    tensors = read_tensor_index(path)
+    for name, spec in specs.items():
+        try:
+            expected = all_tensors(spec)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CompressError(f"{path / 'config.json'}: the entry of {name} is damaged: {error}") from error
+        for key, (shape, dtype) in expected.items():
+            stored = tensors.get(f"{name}.{key}")
+            if stored is None:
+                raise CompressError(f"{path} is damaged: tensor {name}.{key} is missing")
+            if stored.shape != tuple(shape) or stored.dtype != dtype:
+                raise CompressError(
+                    f"{stored.path} is damaged: {name}.{key} is {stored.dtype} {list(stored.shape)}, "
+                    f"config.json asks for {dtype} {list(shape)}"
+                )
+        cls = layer_class(spec["format"])
+        integers = {key: tensors[f"{name}.{key}"].read() for key, (_, dtype) in expected.items() if not dtype.is_floating_point}
+        try:
+            cls.check(spec, integers)
+        except ValueError as error:
+            raise CompressError(f"{path} is damaged: {name}: {error}") from error
+    return tensors
+
+
+def load(path: str | Path, *, device_map: Any = None, dtype: Any = "auto") -> nn.Module:
+    """A compressed checkpoint as a transformers model in eval mode; other arguments as in `from_pretrained`."""
+    from transformers import AutoModelForCausalLM
+
+    import compress.hf  # noqa: F401  registers the format with transformers
+
+    return AutoModelForCausalLM.from_pretrained(path, device_map=device_map, dtype=dtype)
+
+
+def export_dense(path: str | Path, output: str | Path, max_shard_bytes: int = 4 << 30) -> int:
+    """Write an ordinary bf16 checkpoint with W = D S multiplied out; returns its bytes. One matrix in memory at a time."""
+    source, output = open_source(path), Path(output).absolute()
+    if output.exists():
+        raise CompressError(f"{output} already exists; choose another -o or remove it")
+    specs = module_specs(source.config)
+    tensors = validate(source.path, specs)
+    staging = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    scratch = staging / "matrices"
+    try:
+        scratch.mkdir(parents=True)
+        for number, (name, spec) in enumerate(specs.items()):
+            layer = build({**spec, "bias": False})
+            layer.load_state_dict({key: tensors.pop(f"{name}.{key}").read() for key in layer.state_dict()})
+            file = scratch / f"{number}.safetensors"
+            write_file(file, {f"{name}.weight": layer.dense_weight().to(torch.bfloat16)})
+            tensors.update(read_header(file))
+        (staging / "whole").mkdir()
+        total = write_shards(staging / "whole", tensors, max_shard_bytes)
+        dropped = {"quantization_config", "transformers_weights"}
+        config = {key: value for key, value in source.config.items() if key not in dropped}
+        write_json(staging / "whole" / "config.json", config)
+        for file in source.side_files():
+            shutil.copyfile(file, staging / "whole" / file.name)
+        (staging / "whole").rename(output)
+        return total
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _card(report: Report) -> str:
+    totals = report.summary()
+    methods = ", ".join(sorted({module.method for module in report.modules}))
+    return f"""---
+library_name: transformers
+tags: [compressed, subspace-compress]
+base_model: {report.model}
+---
+
+```python
+import compress  # first: registers the format with transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```
+
+Compressed with [subspace-compress](https://pypi.org/project/subspace-compress/) {report.versions["compress"]} by {methods}.
+The {len(report.modules)} compressed matrices take {megabytes(totals["packed_bytes"])} instead of
+{megabytes(totals["dense_bytes"])} in bf16 ({100 * totals["measured_ratio"]:.1f} % fewer bytes), the whole checkpoint
+{megabytes(report.checkpoint_bytes)} instead of {megabytes(report.dense_checkpoint_bytes)}. `recipe.yaml` repeats the run,
+`report.json` holds the figures of every matrix.
+"""

@@ -1,0 +1,95 @@
+"""Storage formats. One file per format; the file's name is the format's name in config.json.
+
+A layer is described by a flat, JSON-serialisable `spec`: `{"format": ..., "in_features": ..., "out_features": ...,
+"bias": ..., <sizes of the format>}`. The spec alone fixes the shape and dtype of every tensor, so a checkpoint can be
+checked, and its size predicted, before anything is allocated. Loading needs no method and no data.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import CompressError
+
+Spec = dict[str, Any]
+TensorSpec = tuple[tuple[int, ...], torch.dtype]
+
+
+class CompressedLinear(nn.Module):
+    """Stands where an `nn.Linear` stood. Subclasses define `tensors`, `forward` and `dense_weight`.
+
+    Packed floating-point tensors keep the dtype of the spec whatever dtype the model runs in, so that loading, casting
+    and saving again give the same bytes.
+    """
+
+    format: ClassVar[str]
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.spec = dict(spec)
+        self.in_features, self.out_features = spec["in_features"], spec["out_features"]
+        for name, (shape, dtype) in self.tensors(spec).items():
+            tensor = torch.empty(shape, dtype=dtype)
+            if dtype.is_floating_point:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor)
+        bias = torch.empty(self.out_features, dtype=getattr(torch, spec["bias"])) if spec["bias"] else None
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @classmethod
+    def tensors(cls, spec: Spec) -> dict[str, TensorSpec]:
+        """Shape and dtype of every packed tensor, the bias left out; raises ValueError on impossible sizes."""
+        raise NotImplementedError  # abstract: every format defines it
+
+    @classmethod
+    def check(cls, spec: Spec, tensors: dict[str, Tensor]) -> None:
+        """Raise ValueError when tensors of the right shape hold something that no kernel may see."""
+
+    def dense_weight(self) -> Tensor:
+        """The `[out_features, in_features]` fp32 weight that this layer multiplies by."""
+        raise NotImplementedError  # abstract: every format defines it
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.spec.items() if key != "format")
+
+
+def names() -> list[str]:
+    """The formats in this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def layer_class(format: str) -> type[CompressedLinear]:
+    """The class of a format; CompressError for one that this version does not have."""
+    if format not in names():
+        raise CompressError(f"unknown storage format {format!r}; this version reads {', '.join(names())}")
+    return importlib.import_module(f"compress.layers.{format}").Layer
+
+
+def all_tensors(spec: Spec) -> dict[str, TensorSpec]:
+    """Every tensor of a layer; `spec["bias"]` is false or the dtype of the bias."""
+    tensors = dict(layer_class(spec["format"]).tensors(spec))
+    if spec["bias"]:
+        tensors["bias"] = ((spec["out_features"],), getattr(torch, spec["bias"]))
+    return tensors
+
+
+def packed_bytes(spec: Spec) -> int:
+    """Bytes on disk of the tensors that replace the weight (the bias is the same before and after)."""
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in layer_class(spec["format"]).tensors(spec).values())
+
+
+def build(spec: Spec) -> CompressedLinear:
+    """An empty layer for a spec; allocate under `torch.device("meta")` to get shapes only."""
+    return layer_class(spec["format"])(spec)
+
+
+def dense_bytes(spec: Spec) -> int:
+    """Bytes of the same weight in bf16: the denominator of every ratio."""
+    return 2 * spec["in_features"] * spec["out_features"]

@@ -1,0 +1,64 @@
+"""Dense linear algebra that more than one method needs, on plain tensors.
+
+Legend: I input features, N columns (output neurons), K atoms. Factorizations run in fp64: a Gram matrix of real
+activations has a condition number of 1e6 and more, which fp32 cannot invert. The caller decides where to cast back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def whitening(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return `(L, L_inv)`, both `[I, I]` fp64, with `L^T L = gram + damping * mean(diag(gram)) * eye`.
+
+    `||X E||_F = ||L E||_F` for every E, so a least-squares problem on the outputs of a layer becomes an ordinary one.
+    By eigh, not Cholesky: SVD-LLM V2 (arXiv:2503.12340, Table 1) shows Cholesky failing or losing accuracy on real
+    matrices, while L = Lambda^{1/2} V^T gives the inverse without a solve.
+
+    Args:
+        gram_II: uncentred second moment of the layer's inputs, symmetric positive semi-definite.
+        damping: relative to the mean diagonal, so that it means the same for every layer and any normalisation.
+    Raises:
+        ValueError: when the Gram matrix is not finite or is all zero.
+    """
+    gram = gram_II.double()
+    scale = gram.diagonal().mean()
+    if not torch.isfinite(scale) or not torch.isfinite(gram).all():
+        raise ValueError("the Gram matrix holds NaN or infinite values")
+    if scale <= 0:
+        raise ValueError("the Gram matrix is zero: the layer never saw a non-zero input")
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    values, vectors = torch.linalg.eigh(gram + damping * scale * eye)
+    root = values.clamp_min(1e-10 * values[-1]).sqrt()
+    return root[:, None] * vectors.T, vectors / root
+
+
+def polar(matrix_IK: Tensor) -> Tensor:
+    """Nearest matrix with orthonormal columns to `[I, K]`, I >= K: the solution of the Procrustes problem.
+
+    M (M^T M)^{-1/2} through the eigenvectors of the K x K Gram in fp64: large products instead of a thin SVD. One
+    Newton-Schulz step, D (3 I - D^T D) / 2, removes the digits that the squared condition number cost.
+    """
+    matrix = matrix_IK.double()
+    values, vectors = torch.linalg.eigh(matrix.T @ matrix)
+    root = values.clamp_min(1e-14 * values[-1]).sqrt()
+    basis = matrix @ ((vectors / root) @ vectors.T)
+    return (1.5 * basis - 0.5 * basis @ (basis.T @ basis)).to(matrix_IK.dtype)
+
+
+def largest_per_row(score_NK: Tensor, count: int) -> Tensor:
+    """Boolean mask `[N, K]` with exactly `count` entries in every row: those of the largest score.
+
+    A threshold from `kthvalue` is several times faster on a CPU than `topk`; rows where ties at the threshold let in
+    too many entries are settled by `topk`, so the count is exact.
+    """
+    rank = score_NK.shape[1] - count + 1
+    threshold = score_NK.kthvalue(rank, dim=1, keepdim=True).values
+    mask = score_NK >= threshold
+    tied = (mask.sum(dim=1) != count).nonzero().squeeze(1)
+    if len(tied):
+        index = score_NK[tied].topk(count, dim=1, sorted=False).indices
+        mask[tied] = torch.zeros_like(mask[tied]).scatter_(1, index, True)
+    return mask

@@ -1,0 +1,54 @@
+"""Methods that compress weights. The folder is the registry: `method: foo` in a recipe means `compress/methods/foo.py`.
+
+A method file holds
+
+    class Config(MethodConfig)                        its options, each documented
+    plan(in_features, out_features, config) -> dict   the storage spec it will use, from the sizes alone
+    compress(weight_NI, gram_II, spec, config) -> dict[str, Tensor]    the packed tensors of that spec
+
+and nothing else is edited to add one. `plan` raises ValueError when the sizes cannot meet the ratio.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from compress.errors import CompressError
+from compress.suggest import unknown
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's options: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def names() -> list[str]:
+    """The methods in this folder, without importing them."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> ModuleType:
+    """Import one method; an unknown name is answered with the nearest one, an import error is let through."""
+    if name not in names():
+        raise CompressError(unknown("method", name, names()))
+    return importlib.import_module(f"compress.methods.{name}")
+
+
+def relative_output_error(weight_NI: Tensor, approximation_NI: Tensor, gram_II: Tensor) -> float:
+    """||X (W - What)||_F / ||X W||_F from the Gram matrix of X, in fp64; not squared, not damped."""
+    gram = gram_II.double()
+    error = (weight_NI - approximation_NI).double()
+    weight = weight_NI.double()
+    return float((((error @ gram) * error).sum() / ((weight @ gram) * weight).sum()).clamp_min(0).sqrt())
+
+
+def bf16(tensor: Tensor) -> Tensor:
+    """The one cast of the factors to their storage dtype."""
+    return tensor.to(torch.bfloat16).contiguous()

@@ -1,0 +1,45 @@
+"""SVD-LLM: truncated SVD of the whitened weight. The low-rank rival of CoSpaDi at equal bytes.
+
+Paper: SVD-LLM, arXiv:2403.07378; eigh instead of Cholesky as in SVD-LLM V2, arXiv:2503.12340.
+
+With G = L^T L the Gram matrix of the inputs, ||X (W - What)||_F = ||L (W - What)||_F, so the best rank-r What is
+L^{-1} times the truncated SVD of L W. Where we differ: damping relative to the mean diagonal, fp64 throughout, the
+singular values split evenly between the factors, and a rank that counts the bytes of both.
+Left out: the sequential LoRA update of the paper. Cost: one I x I eigh and one SVD per matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.layers import Spec
+from compress.linalg import whitening
+from compress.methods import MethodConfig, bf16
+
+
+class Config(MethodConfig):
+    ratio: float = Field(0.2, gt=0, lt=1, description="fraction of the bf16 bytes to remove")
+    rank_multiple: int = Field(8, ge=1, description="the rank is rounded down to a multiple of this")
+    damping: float = Field(1e-6, ge=0, description="added to the Gram matrix, relative to its mean diagonal")
+
+
+def plan(in_features: int, out_features: int, config: Config) -> Spec:
+    """Largest rank whose two factors take at most (1 - ratio) of the dense bytes."""
+    rank = int((1 - config.ratio) * in_features * out_features / (in_features + out_features))
+    multiple = config.rank_multiple if rank >= 8 * config.rank_multiple else 1
+    rank = rank // multiple * multiple
+    if rank < 1:
+        raise ValueError(f"ratio {config.ratio} leaves no rank for {in_features} x {out_features}")
+    return {"format": "low_rank", "rank": rank}
+
+
+def compress(weight_NI: Tensor, gram_II: Tensor, spec: Spec, config: Config) -> dict[str, Tensor]:
+    """Factors of the weight; see `compress.methods`."""
+    whiten, unwhiten = whitening(gram_II, config.damping)
+    left, values, right = torch.linalg.svd(whiten @ weight_NI.double().T, full_matrices=False)
+    root = values[: spec["rank"]].sqrt()
+    down_IR = unwhiten @ (left[:, : spec["rank"]] * root)
+    up_RN = root[:, None] * right[: spec["rank"]]
+    return {"down": bf16(down_IR.T), "up": bf16(up_RN.T)}

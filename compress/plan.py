@@ -1,0 +1,124 @@
+"""What a recipe will do to a model, decided once and used by every stage: dry run, solving, saving, reporting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from compress import methods
+from compress.errors import CompressError
+from compress.layers import Spec, dense_bytes, packed_bytes
+from compress.model import Source, decoder_blocks, is_tied, output_head
+from compress.recipe import Recipe, Rule
+from compress.suggest import unknown
+
+HEAD = -1  # the "block" of the output projection
+
+
+@dataclass(frozen=True)
+class Job:
+    """One matrix: its module name, block, storage spec and the rule that chose it."""
+
+    name: str
+    block: int
+    spec: Spec
+    rule: Rule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All jobs of a run, in order, with what is left alone."""
+
+    blocks_name: str
+    num_blocks: int
+    jobs: tuple[Job, ...]
+    notes: tuple[str, ...] = ()
+    by_block: dict[int, list[Job]] = field(default_factory=dict)
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(dense_bytes(job.spec) for job in self.jobs)
+
+    @property
+    def packed_bytes(self) -> int:
+        return sum(packed_bytes(job.spec) for job in self.jobs)
+
+
+def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
+    """Match targets and derive every storage spec.
+
+    Raises:
+        CompressError: a pattern matches no linear layer, a tied head is targeted, or a ratio cannot be met, by name.
+    """
+    blocks_name, blocks = decoder_blocks(model)
+    head = output_head(model)
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (name.startswith(blocks_name + ".") or name == head)
+    }
+    routers = {name for name in linears if _is_router(model, name, linears[name])}
+    candidates = {name: module for name, module in linears.items() if name not in routers}
+    _require_matches(model, recipe, candidates)
+    jobs = []
+    for name, module in candidates.items():
+        rule = recipe.rule_for(name)
+        if rule is None:
+            continue
+        if name == head and is_tied(model):
+            raise CompressError(f"{name} shares its weight with the input embedding and cannot be compressed; leave it out")
+        if f"{name}.weight" not in source.tensors:
+            raise CompressError(f"the checkpoint holds no {name}.weight; its names are not those of this architecture")
+        jobs.append(Job(name, _block_of(name, blocks_name), _spec(name, module, source, rule), rule))
+    if not jobs:
+        raise CompressError("the recipe leaves every layer as it is; give a rule with a method")
+    by_block: dict[int, list[Job]] = {}
+    for job in jobs:
+        by_block.setdefault(job.block, []).append(job)
+    return Plan(blocks_name, len(blocks), tuple(jobs), _notes(blocks, routers), by_block)
+
+
+def _spec(name: str, module: nn.Linear, source: Source, rule: Rule) -> Spec:
+    try:
+        sizes = methods.load(rule.method).plan(module.in_features, module.out_features, rule.options)
+    except ValueError as error:
+        raise CompressError(f"{name}: {error}; lower weights.ratio or leave it out with a rule `method: none`") from error
+    bias = source.tensors.get(f"{name}.bias")
+    return {
+        **sizes,
+        "in_features": module.in_features,
+        "out_features": module.out_features,
+        "bias": str(bias.dtype).removeprefix("torch.") if module.bias is not None and bias else False,
+    }
+
+
+def _block_of(name: str, blocks_name: str) -> int:
+    return int(name[len(blocks_name) + 1 :].split(".")[0]) if name.startswith(blocks_name + ".") else HEAD
+
+
+def _require_matches(model: nn.Module, recipe: Recipe, linears: dict[str, nn.Linear]) -> None:
+    for rule in recipe.weights:
+        for pattern in rule.targets:
+            one = Rule(method=rule.method, targets=(pattern,))
+            if any(one.matches(name) for name in linears):
+                continue
+            others = {name: type(module).__name__ for name, module in model.named_modules() if name and one.matches(name)}
+            if others:
+                name, kind = next(iter(others.items()))
+                raise CompressError(f"target {pattern!r} matches {name}, a {kind}; only nn.Linear layers are compressed")
+            leaves = {f"*{name.rpartition('.')[2]}" for name in linears}
+            raise CompressError(unknown("target", pattern, leaves).replace("unknown", "no linear layer matches", 1))
+
+
+def _is_router(model: nn.Module, name: str, module: nn.Linear) -> bool:
+    config = model.config.get_text_config(decoder=True)
+    experts = {getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")} - {None}
+    return bool(experts) and name.rpartition(".")[2] in {"gate", "router", "shared_expert_gate"}
+
+
+def _notes(blocks: nn.ModuleList, routers: set[str]) -> tuple[str, ...]:
+    experts = sum(parameter.ndim == 3 for parameter in blocks.parameters())
+    if not experts and not routers:
+        return ()
+    return (f"left as they are: {experts} expert tensors and the routers of a mixture-of-experts model",)

@@ -1,0 +1,122 @@
+"""What a run did, in numbers: one entry per matrix, totals, and the table that ends a run."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from compress.layers import Spec, dense_bytes, packed_bytes
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One compressed matrix. Bytes are those on disk; `error` is ||X(W - What)|| / ||XW|| on the calibration inputs."""
+
+    name: str
+    method: str
+    spec: dict[str, Any]
+    dense_bytes: int
+    packed_bytes: int
+    error: float
+    seconds: float
+
+    @classmethod
+    def of(cls, name: str, method: str, spec: Spec, error: float, seconds: float) -> ModuleReport:
+        return cls(name, method, spec, dense_bytes(spec), packed_bytes(spec), error, round(seconds, 3))
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 16 * self.packed_bytes / self.dense_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything recorded with a compressed checkpoint, as `report.json`."""
+
+    modules: list[ModuleReport]
+    model: str
+    calibration: dict[str, Any]
+    versions: dict[str, str]
+    seconds: float
+    peak_memory_bytes: int
+    recipe: dict[str, Any]
+    identity: dict[str, str]
+    checkpoint_bytes: int = 0
+    dense_checkpoint_bytes: int = 0
+    totals: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        return cls(**{**data, "modules": [ModuleReport(**entry) for entry in data["modules"]]})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(replace(self, totals=self.summary()))
+
+    @property
+    def worst(self) -> ModuleReport:
+        return max(self.modules, key=lambda module: module.error)
+
+    def summary(self) -> dict[str, Any]:
+        dense = sum(module.dense_bytes for module in self.modules)
+        packed = sum(module.packed_bytes for module in self.modules)
+        return {
+            "dense_bytes": dense,
+            "packed_bytes": packed,
+            "measured_ratio": 1 - packed / dense,
+            "mean_error": sum(module.error for module in self.modules) / len(self.modules),
+            "worst_error": self.worst.error,
+            "worst_module": self.worst.name,
+        }
+
+    def table(self) -> Table:
+        totals = self.summary()
+        table = Table("", "before", "after", "change", title=f"{len(self.modules)} matrices compressed")
+        for column in table.columns[1:]:
+            column.justify = "right"
+
+        def size(label: str, before: int, after: int) -> None:
+            table.add_row(label, megabytes(before), megabytes(after), f"{100 * (after / before - 1):+.1f} %")
+
+        size("compressed matrices (before: bf16)", totals["dense_bytes"], totals["packed_bytes"])
+        size("whole checkpoint", self.dense_checkpoint_bytes, self.checkpoint_bytes)
+        table.add_row("mean output error", "", f"{totals['mean_error']:.4f}", "")
+        table.add_row("worst output error", "", f"{totals['worst_error']:.4f}", self.worst.name)
+        table.add_row("calibration tokens", "", f"{self.calibration['tokens']}", "")
+        table.add_row("time", "", duration(self.seconds), "")
+        table.add_row("peak memory", "", megabytes(self.peak_memory_bytes), "")
+        return table
+
+
+def megabytes(count: float) -> str:
+    """Decimal megabytes, as disks and hubs count them."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def sizes(spec: Spec) -> str:
+    """The format's own numbers: `K 288, s 152, K/s 1.89`, `rank 230`."""
+    if spec["format"] == "sparse_dictionary":
+        atoms, nonzeros = spec["num_atoms"], spec["num_nonzeros"]
+        return f"K {atoms}, s {nonzeros}, K/s {atoms / nonzeros:.2f}"
+    known = {"format", "in_features", "out_features", "bias"}
+    return ", ".join(f"{key} {value}" for key, value in spec.items() if key not in known)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak resident memory of this process, or of the GPU's allocator when the work ran there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

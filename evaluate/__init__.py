@@ -1,0 +1,1 @@
+"""Measure a compressed model beside its original: perplexity, divergence, lm-eval tasks, size."""
