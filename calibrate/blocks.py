@@ -105,6 +105,7 @@ class BlockRunner:
         """
         leader: dict[str, str] = {}  # who collects for whom, settled by the first batch
         grams: dict[str, Gram] = {}
+        called: set[str] = set()  # in this batch
         seen: list[tuple[Tensor, str]] = []  # inputs of this batch and who got them first; holds them alive
 
         def hook(name: str) -> Callable:
@@ -115,11 +116,18 @@ class BlockRunner:
                 if leader[name] == name:
                     seen.append((x, name))
                     grams.setdefault(name, Gram(x.shape[-1], x.device)).add(x, self.mask)
+                called.add(name)
+                if not keep and len(called) == len(linears):
+                    raise _Stop  # the rest of the block would be computed for nothing
 
             return collect
 
+        def new_batch(module: nn.Module, args: tuple) -> None:
+            seen.clear()
+            called.clear()
+
         handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
-        handles.append(self.blocks[index].register_forward_pre_hook(lambda *_: seen.clear()))
+        handles.append(self.blocks[index].register_forward_pre_hook(new_batch))
         try:
             self.run(index, keep=keep)
         finally:

@@ -7,7 +7,7 @@ from compress import hf as _hf  # registers the format
 from compress.checkpoint import export_dense, load
 from compress.errors import CompressError
 from compress.recipe import Recipe
-from compress.run import compress_model, run
+from compress.run import compress_model
 from compress.version import __version__
 
-__all__ = ["CompressError", "Recipe", "__version__", "compress_model", "export_dense", "load", "run"]
+__all__ = ["CompressError", "Recipe", "__version__", "compress_model", "export_dense", "load"]

@@ -185,6 +185,16 @@ def export_dense(path: str | Path, output: str | Path, max_shard_bytes: int = 4 
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def read_report(path: str | Path) -> Report:
+    """The figures recorded with a compressed checkpoint; CompressError when the directory is none."""
+    source = open_source(path)
+    module_specs(source.config)
+    try:
+        return Report.from_dict(json.loads((source.path / "report.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CompressError(f"{source.path / 'report.json'} is missing or damaged") from error
+
+
 def _card(report: Report) -> str:
     totals = report.summary()
     methods = ", ".join(sorted({module.method for module in report.modules}))

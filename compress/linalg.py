@@ -48,6 +48,24 @@ def polar(matrix_IK: Tensor) -> Tensor:
     return (1.5 * basis - 0.5 * basis @ (basis.T @ basis)).to(matrix_IK.dtype)
 
 
+def leading_directions(matrix_IN: Tensor, count: int) -> Tensor:
+    """The `count` leading left singular vectors `[I, count]`, through whichever Gram matrix is smaller.
+
+    Directions past the rank of the matrix are completed to an orthonormal set.
+    """
+    matrix = matrix_IN.double()
+    rows, columns = matrix.shape
+    if columns >= rows:
+        vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)  # from ascending to descending
+        return vectors[:, :count].to(matrix_IN.dtype)
+    right = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)
+    left = torch.linalg.qr(matrix @ right[:, :count]).Q
+    if count > columns:
+        rest = torch.eye(rows, dtype=matrix.dtype, device=matrix.device) - left @ left.T
+        left = torch.cat([left, torch.linalg.eigh(rest).eigenvectors[:, columns - count :]], dim=1)
+    return left.to(matrix_IN.dtype)
+
+
 def largest_per_row(score_NK: Tensor, count: int) -> Tensor:
     """Boolean mask `[N, K]` with exactly `count` entries in every row: those of the largest score.
 

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,26 @@ def build_skeleton(path: Path) -> nn.Module:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)
     return model.eval()
+
+
+def load_for_evaluation(model: str | Path, device: str = "auto") -> tuple[nn.Module, Any]:
+    """A model, compressed or not, with its tokenizer, in fp32 on a CPU and as stored on a GPU.
+
+    fp32 on a CPU for both sides of a comparison: bf16 arithmetic there depends on the machine.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = open_source(model).path
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        dtype = torch.float32 if device == "cpu" else "auto"
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval(), tokenizer
+    except CompressError:
+        raise
+    except (ValueError, KeyError, OSError) as error:
+        raise CompressError(f"{path}: {' '.join(str(error).split())[:300]}") from error
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -32,7 +32,7 @@ class Config(MethodConfig):
     ratio: float = Field(0.2, gt=0, lt=1, description="fraction of the bf16 bytes to remove, mask counted")
     atoms_per_nonzero: float = Field(2.0, ge=1, le=16, description="rho = K / s, before rounding")
     solver: Literal["orthogonal", "ksvd"] = Field("orthogonal", description="ksvd is the paper's, for reference")
-    iterations: int = Field(20, ge=1, description="rounds of the solver (the paper's ksvd: 60)")
+    iterations: int = Field(10, ge=1, description="rounds of the solver (the paper's ksvd: 60)")
     refits: int = Field(20, ge=0, description="orthogonal: rounds with a free dictionary")
     power_iterations: int = Field(8, ge=1, description="ksvd: power iterations per atom")
     damping: float = Field(1e-6, ge=0, description="added to the Gram matrix, relative to its mean diagonal")
@@ -79,6 +79,19 @@ def compress(weight_NI: Tensor, gram_II: Tensor, spec: Spec, config: Config) -> 
     codes = _refit_to_stored(weight_NI, gram_II, stored, factors.codes_NK.double() * norm, factors.mask_NK)
     values = codes[factors.mask_NK].view(len(codes), spec["num_nonzeros"])  # row by row, ascending atoms
     return {"dictionary": stored, "values": bf16(values), "mask": pack_mask(factors.mask_NK)}
+
+
+def flops(in_features: int, out_features: int, spec: Spec, config: Config) -> float:
+    """Operations of `compress`, in units of a fast fp32 product: slower steps count for what they take of one."""
+    atoms, nonzeros = spec["num_atoms"], spec["num_nonzeros"]
+    whiten = 25 * in_features**3
+    if config.solver == "ksvd":
+        coding = 40 * out_features * atoms * nonzeros**2 / 2  # bound by memory, not arithmetic
+        sweep = 20 * in_features * out_features * nonzeros * (2 * config.power_iterations + 2)
+        return whiten + config.iterations * (coding + sweep)
+    product, select = 2 * in_features * out_features * atoms, 4000 * out_features * atoms
+    orthonormal = config.iterations * (2 * product + select + 25 * atoms**3 + 8 * in_features * atoms**2)
+    return whiten + orthonormal + config.refits * (2 * product + select + 16 * atoms**2 * out_features)
 
 
 def _refit_to_stored(weight_NI: Tensor, gram_II: Tensor, stored_IK: Tensor, codes_NK: Tensor, mask_NK: Tensor) -> Tensor:

@@ -43,3 +43,9 @@ def compress(weight_NI: Tensor, gram_II: Tensor, spec: Spec, config: Config) -> 
     down_IR = unwhiten @ (left[:, : spec["rank"]] * root)
     up_RN = root[:, None] * right[: spec["rank"]]
     return {"down": bf16(down_IR.T), "up": bf16(up_RN.T)}
+
+
+def flops(in_features: int, out_features: int, spec: Spec, config: Config) -> float:
+    """About 25 n^3 each for the eigendecomposition and the SVD, with what LAPACK loses against a matrix product."""
+    small = min(in_features, out_features)
+    return 25 * in_features**3 + 25 * small**2 * max(in_features, out_features)

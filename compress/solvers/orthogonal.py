@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.linalg import largest_per_row, polar
+from compress.linalg import largest_per_row, leading_directions, polar
 from compress.solvers import SparseFactors
 
 
@@ -70,7 +70,7 @@ def refit_dictionary(target_IN: Tensor, codes_NK: Tensor, ridge: float = 1e-6) -
 
 
 def solve(
-    target_IN: Tensor, num_atoms: int, num_nonzeros: int, *, iterations: int = 20, refits: int = 20, cg_steps: int = 5
+    target_IN: Tensor, num_atoms: int, num_nonzeros: int, *, iterations: int = 10, refits: int = 20, cg_steps: int = 3
 ) -> SparseFactors:
     """Factorize `target_IN` into an `[I, num_atoms]` dictionary and codes with `num_nonzeros` entries per column.
 
@@ -85,9 +85,7 @@ def solve(
     rows = target_IN.shape[0]
     if not num_nonzeros <= num_atoms <= rows:
         raise ValueError(f"expected nonzeros <= atoms <= {rows} input features, got {num_nonzeros} and {num_atoms}")
-    target = target_IN.double()
-    vectors = torch.linalg.eigh(target @ target.T).eigenvectors  # ascending eigenvalues
-    dictionary = vectors[:, -num_atoms:].flip(1).to(target_IN.dtype)
+    dictionary = leading_directions(target_IN, num_atoms)
     target_NI = target_IN.T.contiguous()
 
     for _ in range(iterations):

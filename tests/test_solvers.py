@@ -1,0 +1,130 @@
+"""Exact identities of the linear algebra, and each solver against what it must beat."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress.linalg import largest_per_row, leading_directions, polar, whitening
+from compress.solvers import ksvd, orthogonal
+
+
+def problem(inputs: int = 48, outputs: int = 80) -> torch.Tensor:
+    """Columns with a decaying spectrum and some structure, like a whitened weight."""
+    decay = torch.arange(1, inputs + 1).float() ** -0.7
+    return decay[:, None] * torch.randn(inputs, outputs)
+
+
+def test_whitening_reproduces_the_gram_matrix() -> None:
+    x = torch.randn(500, 20, dtype=torch.float64) * torch.logspace(-3, 3, 20, dtype=torch.float64)
+    gram = x.T @ x / len(x)
+    whiten, unwhiten = whitening(gram, 1e-9)
+    eye = torch.eye(20, dtype=torch.float64)
+    damped = gram + 1e-9 * gram.diagonal().mean() * eye
+    assert torch.allclose(whiten.T @ whiten, damped, rtol=1e-8, atol=1e-10 * float(gram.max()))
+    assert torch.allclose(whiten @ unwhiten, eye, atol=1e-6)
+
+
+@pytest.mark.parametrize("gram", [torch.zeros(3, 3), torch.full((3, 3), torch.nan)], ids=["zero", "nan"])
+def test_whitening_refuses(gram: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="Gram"):
+        whitening(gram, 1e-6)
+
+
+def test_polar_is_the_nearest_orthonormal_matrix() -> None:
+    matrix = torch.randn(30, 12)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert torch.allclose(polar(matrix), left @ right, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20)], ids=str)
+def test_leading_directions_match_svd(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape)
+    left = torch.linalg.svd(matrix.double(), full_matrices=False).U[:, :7].float()
+    got = leading_directions(matrix, 7)
+    assert torch.allclose(got @ got.T, left @ left.T, atol=1e-4)
+
+
+def test_leading_directions_complete_past_the_rank() -> None:
+    basis = leading_directions(torch.randn(30, 10), 25)
+    assert torch.allclose(basis.T @ basis, torch.eye(25), atol=1e-5)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_largest_per_row_is_exact(ties: bool) -> None:
+    score = torch.randint(0, 3, (40, 17)).float() if ties else torch.randn(40, 17)
+    mask = largest_per_row(score, 5)
+    assert mask.sum(dim=1).eq(5).all()
+    outside = score.masked_fill(mask, -torch.inf).amax(dim=1)
+    assert (score.masked_fill(~mask, torch.inf).amin(dim=1) >= outside).all()
+
+
+def test_refit_codes_reaches_the_least_squares_solution() -> None:
+    dictionary, target = torch.randn(40, 16).double(), torch.randn(40, 9).double()
+    mask = largest_per_row(torch.rand(9, 16), 6)
+    codes = orthogonal.refit_codes(
+        dictionary.T @ dictionary, target.T @ dictionary, torch.zeros(9, 16).double(), mask, steps=40
+    )
+    for column in range(9):
+        exact = torch.linalg.lstsq(dictionary[:, mask[column]], target[:, column]).solution
+        assert torch.allclose(codes[column, mask[column]], exact, atol=1e-8)
+    assert codes[~mask].eq(0).all()
+
+
+def test_omp_matches_a_textbook_implementation() -> None:
+    dictionary = torch.nn.functional.normalize(torch.randn(20, 32), dim=0)
+    target = torch.randn(20, 15)
+    codes, mask = ksvd.omp(dictionary, target, 6, batch=4)
+    for column in range(15):
+        chosen: list[int] = []
+        residual = target[:, column]
+        for _ in range(6):
+            correlation = (dictionary.T @ residual).abs()
+            correlation[chosen] = -1
+            chosen.append(int(correlation.argmax()))
+            solution = torch.linalg.lstsq(dictionary[:, chosen], target[:, column]).solution
+            residual = target[:, column] - dictionary[:, chosen] @ solution
+        assert sorted(chosen) == mask[column].nonzero().squeeze(1).tolist()
+        assert torch.allclose(codes[column, chosen], solution, atol=1e-3)
+
+
+def test_ksvd_sweep_never_raises_the_error() -> None:
+    target = problem()
+    first = ksvd.solve(target, 24, 8, iterations=1)
+    before = first.relative_error(target)
+    dictionary, codes = ksvd.ksvd_sweep(target, first.dictionary_IK, first.codes_NK, first.mask_NK, 8)
+    assert ((target - dictionary @ codes.T).norm() / target.norm()) ** 2 <= before * (1 + 1e-5)
+    assert torch.allclose(dictionary.norm(dim=0), torch.ones(24), atol=1e-4)
+
+
+def test_free_stage_improves_and_beats_low_rank() -> None:
+    target = problem()
+    orthonormal = orthogonal.solve(target, 24, 12, refits=0)
+    freed = orthogonal.solve(target, 24, 12)
+    assert torch.allclose(orthonormal.dictionary_IK.T @ orthonormal.dictionary_IK, torch.eye(24), atol=1e-4)
+    assert freed.relative_error(target) < 0.97 * orthonormal.relative_error(target)
+    values = torch.linalg.svdvals(target)
+    rank = 24 * (48 + 40 + 5) // (48 + 80)  # what the same bytes buy: dictionary, half the codes, mask
+    assert freed.relative_error(target) < float(values[rank:].square().sum() / values.square().sum())
+
+
+def test_default_beats_the_papers_solver() -> None:
+    target = problem()
+    assert orthogonal.solve(target, 32, 16).relative_error(target) < ksvd.solve(target, 32, 16, iterations=10).relative_error(target)
+
+
+@pytest.mark.parametrize("solve", [orthogonal.solve, ksvd.solve], ids=["orthogonal", "ksvd"])
+def test_solver_contract(solve) -> None:  # noqa: ANN001
+    target = problem(24, 31)
+    copy = target.clone()
+    first, second = (solve(target, 16, 5, iterations=2) for _ in range(2))
+    assert torch.equal(target, copy), "a solver wrote into its input"
+    assert torch.equal(first.dictionary_IK, second.dictionary_IK) and torch.equal(first.codes_NK, second.codes_NK)
+    assert first.mask_NK.sum(dim=1).eq(5).all() and first.codes_NK[~first.mask_NK].eq(0).all()
+    with pytest.raises(ValueError, match="expected nonzeros"):
+        solve(target, 8, 9, iterations=1)
+
+
+def test_all_atoms_and_all_nonzeros_are_lossless() -> None:
+    target = problem(16, 40)
+    assert orthogonal.solve(target, 16, 16, refits=0).relative_error(target) < 1e-10
