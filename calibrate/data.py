@@ -86,7 +86,6 @@ def load_texts(
 def _load_dataset(path: str, shown: str, **arguments: Any) -> Any:
     import datasets
 
-    datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(path, **arguments)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -209,7 +209,7 @@ def recipes_check(recipe: Annotated[str, typer.Argument(help="A shipped recipe's
 
 def main() -> None:
     """Entry point of the console script: every expected failure is one line and exit code 2."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    _quiet_libraries()
     try:
         app(standalone_mode=False)
     except typer.Exit as stop:
@@ -224,6 +224,17 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # click's usage errors have it; anything else is our bug
             raise
         _fail(f"{error.format_message()} Try --help.")
+
+
+def _quiet_libraries() -> None:
+    """Our progress bar and errors are what a user reads; the libraries' own bars and hints would bury them."""
+    import datasets
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def _fail(message: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from abc import ABC, abstractmethod
 from math import prod
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ Spec = dict[str, Any]
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
 
 
-class CompressedLinear(nn.Module):
+class CompressedLinear(nn.Module, ABC):
     """Stands where an `nn.Linear` stood. Subclasses define `tensors`, `forward` and `dense_weight`.
 
     Packed floating-point tensors keep the dtype of the spec whatever dtype the model runs in, so that loading, casting
@@ -44,17 +45,17 @@ class CompressedLinear(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @classmethod
+    @abstractmethod
     def tensors(cls, spec: Spec) -> dict[str, TensorSpec]:
         """Shape and dtype of every packed tensor, the bias left out; raises ValueError on impossible sizes."""
-        raise NotImplementedError  # abstract: every format defines it
 
     @classmethod
     def check(cls, spec: Spec, tensors: dict[str, Tensor]) -> None:
         """Raise ValueError when tensors of the right shape hold something that no kernel may see."""
 
+    @abstractmethod
     def dense_weight(self) -> Tensor:
         """The `[out_features, in_features]` fp32 weight that this layer multiplies by."""
-        raise NotImplementedError  # abstract: every format defines it
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.spec.items() if key != "format")

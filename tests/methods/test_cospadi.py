@@ -1,0 +1,72 @@
+"""CoSpaDi: the bytes it promises, the error it minimises, and its rival at equal bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress.layers import build, dense_bytes, packed_bytes
+from compress.methods import cospadi, relative_output_error, svd_llm
+
+SHAPES = [(576, 576), (576, 192), (576, 1536), (1536, 576), (4096, 14336), (100, 60)]
+
+
+def spec_of(method, inputs: int, outputs: int, config) -> dict:  # noqa: ANN001
+    return {**method.plan(inputs, outputs, config), "in_features": inputs, "out_features": outputs, "bias": False}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.4, 0.6])
+@pytest.mark.parametrize("method", [cospadi, svd_llm], ids=["cospadi", "svd_llm"])
+def test_budget_is_met_and_nearly_filled(method, shape: tuple[int, int], ratio: float) -> None:  # noqa: ANN001
+    spec = spec_of(method, *shape, method.Config(ratio=ratio))
+    measured = 1 - packed_bytes(spec) / dense_bytes(spec)
+    assert ratio <= measured < ratio + (0.05 if min(shape) > 100 else 0.12)
+
+
+@pytest.mark.parametrize("method", [cospadi, svd_llm], ids=["cospadi", "svd_llm"])
+def test_unreachable_ratio(method) -> None:  # noqa: ANN001
+    with pytest.raises(ValueError, match="leaves no"):
+        method.plan(16, 16, method.Config(ratio=0.99))
+
+
+def correlated_problem() -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and inputs that live mostly in a few directions, as in language models."""
+    mix = torch.randn(96, 96) * torch.logspace(0, -2, 96)[:, None]
+    x = torch.randn(4000, 96) @ mix
+    return torch.randn(160, 96) / 10, (x.T @ x / len(x)).double()
+
+
+@pytest.mark.parametrize("solver", ["orthogonal", "ksvd"])
+def test_better_than_low_rank_at_equal_bytes(solver: str) -> None:
+    weight, gram = correlated_problem()
+    errors = {}
+    for method, config in [(cospadi, cospadi.Config(ratio=0.3, solver=solver, iterations=6)), (svd_llm, svd_llm.Config(ratio=0.3))]:
+        spec = spec_of(method, 96, 160, config)
+        layer = build(spec)
+        layer.load_state_dict(method.compress(weight, gram, spec, config))
+        errors[method] = relative_output_error(weight, layer.dense_weight(), gram)
+    assert errors[cospadi] < 0.95 * errors[svd_llm]
+
+
+def test_whitening_is_what_makes_it_activation_aware() -> None:
+    weight, gram = correlated_problem()
+    config = cospadi.Config(ratio=0.4)
+    spec = spec_of(cospadi, 96, 160, config)
+    errors = []
+    for statistics in (gram, torch.eye(96).double()):
+        layer = build(spec)
+        layer.load_state_dict(cospadi.compress(weight, statistics, spec, config))
+        errors.append(relative_output_error(weight, layer.dense_weight(), gram))
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_layer_runs_the_weight_it_stands_for() -> None:
+    weight, gram = correlated_problem()
+    config = cospadi.Config(ratio=0.2)
+    spec = spec_of(cospadi, 96, 160, config)
+    layer = build(spec)
+    layer.load_state_dict(cospadi.compress(weight, gram, spec, config))
+    layer.check(spec, dict(layer.named_buffers()))
+    x = torch.randn(5, 96)
+    assert torch.allclose(layer(x), x @ layer.dense_weight().T, atol=1e-4)
