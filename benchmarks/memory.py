@@ -25,12 +25,12 @@ HIDDEN, INTERMEDIATE = 1024, 1024
 
 def synthetic_checkpoint(path: Path, gigabytes: float) -> int:
     """A bf16 Llama directory of at least so many bytes, one shard per 16 blocks; returns its bytes."""
-    from smollm2 import smollm2
     from transformers import AutoTokenizer, LlamaConfig
 
     from compress.checkpoint import write_json
     from compress.model import INDEX
     from compress.tensorfile import write_file
+    from smollm2 import smollm2
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
     per_block = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE + 2 * HIDDEN)
@@ -61,7 +61,10 @@ def synthetic_checkpoint(path: Path, gigabytes: float) -> int:
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
-    write("outer.safetensors", {"model.embed_tokens.weight": random(len(tokenizer), HIDDEN), "model.norm.weight": torch.ones(HIDDEN).bfloat16()})
+    write(
+        "outer.safetensors",
+        {"model.embed_tokens.weight": random(len(tokenizer), HIDDEN), "model.norm.weight": torch.ones(HIDDEN).bfloat16()},
+    )
     for start in range(0, blocks, 16):
         tensors = {}
         for block in range(start, min(start + 16, blocks)):
@@ -97,7 +100,13 @@ def main() -> None:
         subprocess.run([*command, "-o", f"{folder}/out", *overrides], check=True, stderr=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
     peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    line = {"checkpoint_bytes": size, "peak_rss_bytes": peak, "seconds": round(seconds), "recipe": options.recipe, **settings}
+    line = {
+        "checkpoint_bytes": size,
+        "peak_rss_bytes": peak,
+        "seconds": round(seconds),
+        "recipe": options.recipe,
+        **settings,
+    }
     print(json.dumps(line))
 
 

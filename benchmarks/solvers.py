@@ -12,13 +12,13 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from smollm2 import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress.calibrate.data import load_texts, make_tokens
@@ -26,6 +26,7 @@ from compress.calibrate.statistics import Gram
 from compress.linalg import whitening
 from compress.methods import cospadi, svd_llm
 from compress.solvers import ksvd, orthogonal
+from smollm2 import smollm2
 
 
 def main() -> None:
@@ -41,7 +42,9 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokens = make_tokens(load_texts(options.text), AutoTokenizer.from_pretrained(path), samples=16, length=1024)
     block = model.model.layers[options.block]
-    modules = {name.rpartition(".")[2]: module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
+    modules = {
+        name.rpartition(".")[2]: module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)
+    }
     grams = {name: Gram(modules[name].in_features) for name in options.modules}
     for name in options.modules:
         modules[name].register_forward_pre_hook(lambda module, args, name=name: grams[name].add(args[0]))
@@ -61,9 +64,9 @@ def main() -> None:
         rank = svd_llm.plan(inputs, outputs, svd_llm.Config(ratio=options.ratio))["rank"]
         _print(name, "svd", {"rank": rank}, float(values[rank:].sum() / values.sum()), None)
         for label, solve in [
-            ("orthonormal only", lambda: orthogonal.solve(target, *sizes, refits=0)),
-            ("default", lambda: orthogonal.solve(target, *sizes)),
-            *((f"ksvd {n} rounds", lambda n=n: ksvd.solve(target, *sizes, iterations=n)) for n in options.rounds),
+            ("orthonormal only", partial(orthogonal.solve, target, *sizes, refits=0)),
+            ("default", partial(orthogonal.solve, target, *sizes)),
+            *((f"ksvd {n} rounds", partial(ksvd.solve, target, *sizes, iterations=n)) for n in options.rounds),
         ]:
             start = time.perf_counter()
             factors = solve()

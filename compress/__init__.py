@@ -3,11 +3,11 @@
 `import compress` registers the checkpoint format with transformers, so that `from_pretrained` opens compressed models.
 """
 
-from compress import hf as _hf  # registers the format
+from compress import hf  # registers the format with transformers
 from compress.checkpoint import export_dense, load
 from compress.errors import CompressError
 from compress.recipe import Recipe
 from compress.run import compress_model
 from compress.version import __version__
 
-__all__ = ["CompressError", "Recipe", "__version__", "compress_model", "export_dense", "load"]
+__all__ = ["CompressError", "Recipe", "__version__", "compress_model", "export_dense", "hf", "load"]

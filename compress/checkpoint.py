@@ -107,7 +107,7 @@ def module_specs(config: dict[str, Any]) -> dict[str, Spec]:
         raise CompressError("not a compressed checkpoint: config.json has no quantization_config of quant_method compress")
     if quantization.get("version") != FORMAT_VERSION:
         raise CompressError(
-            f"checkpoint format {quantization.get('version')!r}, this version reads {FORMAT_VERSION}; update subspace-compress"
+            f"checkpoint format {quantization.get('version')!r}, this version reads {FORMAT_VERSION}; update it"
         )
     modules = quantization.get("modules")
     if not isinstance(modules, dict):
@@ -137,7 +137,9 @@ def validate(path: Path, specs: dict[str, Spec]) -> dict[str, StoredTensor]:
                     f"config.json asks for {dtype} {list(shape)}"
                 )
         cls = layer_class(spec["format"])
-        integers = {key: tensors[f"{name}.{key}"].read() for key, (_, dtype) in expected.items() if not dtype.is_floating_point}
+        integers = {
+            key: tensors[f"{name}.{key}"].read() for key, (_, dtype) in expected.items() if not dtype.is_floating_point
+        }
         try:
             cls.check(spec, integers)
         except ValueError as error:

@@ -31,7 +31,9 @@ app.add_typer(recipes_app, name="recipes")
 out = Console()
 err = Console(stderr=True, soft_wrap=True)
 
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. weights.ratio=0.3.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. weights.ratio=0.3.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A shipped recipe's name or a YAML file.")]
 
@@ -75,8 +77,12 @@ class BarProgress:
 @app.command("model")
 def model_command(
     recipe: RecipeName,
-    model: Annotated[str | None, typer.Argument(help="Hub id, local directory or .gguf file; may come from the recipe.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="New directory for the compressed checkpoint.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, local directory or .gguf file; may come from the recipe.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New directory for the compressed checkpoint.")
+    ] = None,
     overrides: Set = None,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")] = False,
@@ -105,7 +111,9 @@ def model_command(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A compressed checkpoint, or any model.")],
     against: Annotated[str | None, typer.Option(help="The original, measured on the same tokens.")] = None,
-    dataset: Annotated[str, typer.Option(help="wikitext2, python-docs, a hub id, or a .txt/.jsonl/.parquet file.")] = "wikitext2",
+    dataset: Annotated[
+        str, typer.Option(help="wikitext2, python-docs, a hub id, or a .txt/.jsonl/.parquet file.")
+    ] = "wikitext2",
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
     windows: Annotated[int | None, typer.Option(min=1, help="Only the first N windows.")] = None,
@@ -191,7 +199,9 @@ def recipes_list() -> None:
 
 
 @recipes_app.command("show")
-def recipes_show(recipe: Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.")], overrides: Set = None) -> None:
+def recipes_show(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.")], overrides: Set = None
+) -> None:
     """The recipe with every default filled in."""
     from compress.recipe import Recipe
 
@@ -199,7 +209,9 @@ def recipes_show(recipe: Annotated[str, typer.Argument(help="A shipped recipe's 
 
 
 @recipes_app.command("check")
-def recipes_check(recipe: Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.")], overrides: Set = None) -> None:
+def recipes_check(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.")], overrides: Set = None
+) -> None:
     """Check a recipe without a model."""
     from compress.recipe import Recipe
 

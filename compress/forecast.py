@@ -27,7 +27,9 @@ def predicted_memory_bytes(prepared: Prepared) -> int:
         else:
             outside = max(outside, count)
     hidden = 2 * options.samples * options.length * width * item
-    solving = max(8 * (6 * j.spec["in_features"] ** 2 + 4 * j.spec["in_features"] * j.spec["out_features"]) for j in plan.jobs)
+    solving = max(
+        8 * (6 * j.spec["in_features"] ** 2 + 4 * j.spec["in_features"] * j.spec["out_features"]) for j in plan.jobs
+    )
     return max(max(blocks) + solving, outside) + hidden + (700 << 20)
 
 

@@ -130,7 +130,9 @@ def require_compressible(source: Source) -> None:
     architectures = source.config.get("architectures") or []
     causal = {cls.__name__ for cls in MODEL_FOR_CAUSAL_LM_MAPPING.values() if isinstance(cls, type)}
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (architectures and not causal & set(architectures)):
-        raise CompressError(f"{source.path} is not a causal language model ({', '.join(architectures) or config.model_type})")
+        raise CompressError(
+            f"{source.path} is not a causal language model ({', '.join(architectures) or config.model_type})"
+        )
 
 
 def build_skeleton(path: Path) -> nn.Module:
@@ -210,7 +212,9 @@ def materialise(model: nn.Module, source: Source, prefix: str, dtype: torch.dtyp
         for name in missing:
             parameter = model.get_parameter(name)
             if parameter.is_meta:
-                raise CompressError(f"{source.path} holds no tensor for {name}; its names are not those of this architecture")
+                raise CompressError(
+                    f"{source.path} holds no tensor for {name}; its names are not those of this architecture"
+                )
             _set_parameter(model, name, parameter.data.to(device, dtype))
 
 
@@ -247,8 +251,13 @@ def _resolve(model: str) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
         raise CompressError(f"{model} does not exist")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
     try:

@@ -157,7 +157,9 @@ def run(
             identity=identity,
         )
         blocks = sorted(staging.glob("block-*.safetensors"))
-        report = checkpoint.assemble(prepared.source, prepared.plan, blocks, report, recipe, staging / "whole", max_shard_bytes)
+        report = checkpoint.assemble(
+            prepared.source, prepared.plan, blocks, report, recipe, staging / "whole", max_shard_bytes
+        )
         os.rename(staging / "whole", output)
     except BaseException as error:
         # Finished blocks are hours of work on a large model: only they are worth keeping, and only to be resumed.

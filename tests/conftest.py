@@ -12,6 +12,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _R
 
 import pytest  # noqa: E402  after the path is clean
 import torch  # noqa: E402
+
 from helpers import save_tiny, tiny_recipe  # noqa: E402
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 from helpers import ROOT
 

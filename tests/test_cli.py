@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import save_tiny, tiny_recipe
 from safetensors.torch import load_file, save_file
+
+from helpers import save_tiny, tiny_recipe
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "COLUMNS": "160"}
 
@@ -100,7 +101,10 @@ def huge(path: Path) -> None:
 MISTAKES = {
     "unknown recipe": (["--recipe", "cospadi-2"], "did you mean 'cospadi-20'"),
     "unknown key": (["--set", "weights.ratoi=1"], "did you mean 'ratio'"),
-    "no such target": (["--set", "weights.targets=['*_porj']"], r"no linear layer matches target '\*_porj'; did you mean '\*[a-z]_proj'"),
+    "no such target": (
+        ["--set", "weights.targets=['*_porj']"],
+        r"no linear layer matches target '\*_porj'; did you mean '\*[a-z]_proj'",
+    ),
     "embedding": (["--set", "weights.targets=['*embed_tokens']"], "only nn.Linear"),
     "tied head": (["--set", "weights.targets=['lm_head']"], "lm_head shares its weight"),
     "ratio": (["--set", "weights.ratio=1.2"], "less than 1, got 1.2"),
@@ -148,7 +152,9 @@ def test_bad_models_cost_one_line(kind: str, recipe_file: Path, tmp_path: Path) 
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_compressed_models_and_existing_outputs_are_refused(tiny_compressed: Path, tiny_llama: Path, recipe_file: Path) -> None:
+def test_compressed_models_and_existing_outputs_are_refused(
+    tiny_compressed: Path, tiny_llama: Path, recipe_file: Path
+) -> None:
     elsewhere = tiny_compressed.parent / "again"
     expect_failure(compress("model", tiny_compressed, "--recipe", recipe_file, "-o", elsewhere), "already compressed")
     expect_failure(compress("model", tiny_llama, "--recipe", recipe_file, "-o", tiny_compressed), "already exists")

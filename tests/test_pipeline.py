@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FAMILIES, save_tiny, tiny_model, tiny_recipe, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +22,7 @@ from compress.methods import names
 from compress.recipe import Recipe
 from compress.report import Report
 from compress.run import run
+from helpers import FAMILIES, save_tiny, tiny_model, tiny_recipe, tiny_tokenizer
 
 IDS = torch.arange(3, 60)[None]
 
@@ -41,7 +41,7 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "model", family)
     report = run(source, Recipe.from_dict(tiny_recipe()), tmp_path / "out")
     dense = sum(module.dense_bytes for module in report.modules)
-    on_disk = {key: tensor for key, tensor in load_file(tmp_path / "out" / "model.safetensors").items()}
+    on_disk = load_file(tmp_path / "out" / "model.safetensors")
     model = compress.load(tmp_path / "out")
     layers = compressed_layers(model)
     packed = sum(
@@ -208,7 +208,7 @@ run({str(tiny_llama)!r}, Recipe.load({str(tmp_path / "r.yaml")!r}), {str(tmp_pat
     assert not staging.exists()
 
 
-def test_another_recipe_or_model_may_not_continue_a_run(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:  # noqa: ANN001
+def test_another_recipe_or_model_may_not_continue_a_run(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
@@ -234,7 +234,7 @@ def edit_config(path: Path, name: str, **changes: object) -> None:
     (path / "config.json").write_text(json.dumps(config))
 
 
-def edit_tensor(path: Path, key: str, change) -> None:  # noqa: ANN001
+def edit_tensor(path: Path, key: str, change) -> None:
     tensors = load_file(path / "model.safetensors")
     tensors[key] = change(tensors[key])
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})

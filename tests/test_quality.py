@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from helpers import tiny_model, tiny_tokenizer
 
 from compress.errors import CompressError
 from compress.evaluate.compare import compare, table
 from compress.evaluate.quality import measure
 from compress.evaluate.text import make_windows
+from helpers import tiny_model, tiny_tokenizer
 
 
 def test_windows_follow_the_protocol() -> None:

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DATA
-from smollm2 import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compress
@@ -15,6 +13,8 @@ from compress.evaluate.compare import compare
 from compress.evaluate.tasks import run_tasks
 from compress.recipe import Recipe
 from compress.run import run
+from helpers import DATA
+from smollm2 import smollm2
 
 # Two blocks in the middle, 8k tokens: enough to rank methods, a minute instead of ten.
 TARGETS = ["model.layers.1[01].*_proj"]

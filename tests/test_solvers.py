@@ -110,11 +110,13 @@ def test_free_stage_improves_and_beats_low_rank() -> None:
 
 def test_default_beats_the_papers_solver() -> None:
     target = problem()
-    assert orthogonal.solve(target, 32, 16).relative_error(target) < ksvd.solve(target, 32, 16, iterations=10).relative_error(target)
+    assert orthogonal.solve(target, 32, 16).relative_error(target) < ksvd.solve(
+        target, 32, 16, iterations=10
+    ).relative_error(target)
 
 
 @pytest.mark.parametrize("solve", [orthogonal.solve, ksvd.solve], ids=["orthogonal", "ksvd"])
-def test_solver_contract(solve) -> None:  # noqa: ANN001
+def test_solver_contract(solve) -> None:
     target = problem(24, 31)
     copy = target.clone()
     first, second = (solve(target, 16, 5, iterations=2) for _ in range(2))

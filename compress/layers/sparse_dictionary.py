@@ -1,4 +1,4 @@
-"""Dense dictionary times column-sparse codes: the storage of CoSpaDi. Layout and op: `compress.kernels.sparse_dictionary`."""
+"""Dense dictionary times column-sparse codes, the storage of CoSpaDi; layout: `compress.kernels.sparse_dictionary`."""
 
 from __future__ import annotations
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import FAMILIES, tiny_model
 
 from compress.calibrate.blocks import BlockRunner
 from compress.errors import CompressError
 from compress.model import decoder_blocks
+from helpers import FAMILIES, tiny_model
 
 
 def runner_for(family: str, padded: bool) -> BlockRunner:

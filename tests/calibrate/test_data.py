@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_tokenizer
 
 from compress.calibrate.data import chat_messages, load_texts, make_tokens
 from compress.errors import CompressError
+from helpers import tiny_tokenizer
 
 
 def test_stream_is_cut_without_overlap_and_by_seed() -> None:
@@ -51,7 +51,7 @@ def test_local_files(tmp_path: Path) -> None:
 def test_no_text_is_an_error(tmp_path: Path, name: str, text: str | None) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(CompressError, match="does not exist|holds no text"):
+    with pytest.raises(CompressError, match=r"does not exist|holds no text"):
         load_texts(str(tmp_path / name))
 
 

@@ -11,21 +11,21 @@ from compress.methods import cospadi, relative_output_error, svd_llm
 SHAPES = [(576, 576), (576, 192), (576, 1536), (1536, 576), (4096, 14336), (100, 60)]
 
 
-def spec_of(method, inputs: int, outputs: int, config) -> dict:  # noqa: ANN001
+def spec_of(method, inputs: int, outputs: int, config) -> dict:
     return {**method.plan(inputs, outputs, config), "in_features": inputs, "out_features": outputs, "bias": False}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.4, 0.6])
 @pytest.mark.parametrize("method", [cospadi, svd_llm], ids=["cospadi", "svd_llm"])
-def test_budget_is_met_and_nearly_filled(method, shape: tuple[int, int], ratio: float) -> None:  # noqa: ANN001
+def test_budget_is_met_and_nearly_filled(method, shape: tuple[int, int], ratio: float) -> None:
     spec = spec_of(method, *shape, method.Config(ratio=ratio))
     measured = 1 - packed_bytes(spec) / dense_bytes(spec)
     assert ratio <= measured < ratio + (0.05 if min(shape) > 100 else 0.12)
 
 
 @pytest.mark.parametrize("method", [cospadi, svd_llm], ids=["cospadi", "svd_llm"])
-def test_unreachable_ratio(method) -> None:  # noqa: ANN001
+def test_unreachable_ratio(method) -> None:
     with pytest.raises(ValueError, match="leaves no"):
         method.plan(16, 16, method.Config(ratio=0.99))
 
@@ -41,7 +41,10 @@ def correlated_problem() -> tuple[torch.Tensor, torch.Tensor]:
 def test_better_than_low_rank_at_equal_bytes(solver: str) -> None:
     weight, gram = correlated_problem()
     errors = {}
-    for method, config in [(cospadi, cospadi.Config(ratio=0.3, solver=solver, iterations=6)), (svd_llm, svd_llm.Config(ratio=0.3))]:
+    for method, config in [
+        (cospadi, cospadi.Config(ratio=0.3, solver=solver, iterations=6)),
+        (svd_llm, svd_llm.Config(ratio=0.3)),
+    ]:
         spec = spec_of(method, 96, 160, config)
         layer = build(spec)
         layer.load_state_dict(method.compress(weight, gram, spec, config))
