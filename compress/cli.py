@@ -29,6 +29,8 @@ recipes_app = typer.Typer(help="The recipes that come with the package.", no_arg
 app.add_typer(recipes_app, name="recipes")
 
 out = Console()
+if not out.is_terminal:
+    out.width = max(out.width, 160)  # a pipe has no width: module names must not be cut to 80 columns
 err = Console(stderr=True, soft_wrap=True)
 
 Set = Annotated[
@@ -195,7 +197,7 @@ def recipes_list() -> None:
     from compress.recipe import read_text, shipped
 
     for name in shipped():
-        out.print(f"{name:<22} {read_text(name).splitlines()[0].lstrip('# ')}", highlight=False)
+        out.print(f"{name:<22} {read_text(name).splitlines()[0].lstrip('# ')}", highlight=False, soft_wrap=True)
 
 
 @recipes_app.command("show")

@@ -6,9 +6,14 @@ import ast
 import importlib.util
 from pathlib import Path
 
-import tomllib
+import sys
 
 from helpers import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 FOLDERS = {"compress": "compress", **{f"compress.{n}": n for n in ("kernels", "calibrate", "evaluate", "recipes")}}
 # package: what it must not import

@@ -32,9 +32,9 @@ class Config(MethodConfig):
     ratio: float = Field(0.2, gt=0, lt=1, description="fraction of the bf16 bytes to remove, mask counted")
     atoms_per_nonzero: float = Field(2.0, ge=1, le=16, description="rho = K / s, before rounding")
     solver: Literal["orthogonal", "ksvd"] = Field("orthogonal", description="ksvd is the paper's, for reference")
-    iterations: int = Field(10, ge=1, description="rounds of the solver (the paper's ksvd: 60)")
-    refits: int = Field(20, ge=0, description="orthogonal: rounds with a free dictionary")
-    power_iterations: int = Field(8, ge=1, description="ksvd: power iterations per atom")
+    iterations: int = Field(6, ge=1, description="rounds of the solver (the paper's ksvd: 60)")
+    refits: int = Field(12, ge=0, description="orthogonal: rounds with a free dictionary")
+    power_iterations: int = Field(6, ge=1, description="ksvd: power iterations per atom")
     damping: float = Field(1e-6, ge=0, description="added to the Gram matrix, relative to its mean diagonal")
     seed: int = Field(42, description="ksvd: the random start")
 
@@ -98,4 +98,4 @@ def _refit_to_stored(weight_NI: Tensor, gram_II: Tensor, stored_IK: Tensor, code
     """Codes for the dictionary as stored: L^{-1} amplifies its rounding in weak directions, a refit takes that up."""
     atoms = stored_IK.double()
     image_IK = gram_II.double() @ atoms
-    return orthogonal.refit_codes(atoms.T @ image_IK, weight_NI.double() @ image_IK, codes_NK, mask_NK, steps=10)
+    return orthogonal.refit_codes(atoms.T @ image_IK, weight_NI.double() @ image_IK, codes_NK, mask_NK, steps=5)

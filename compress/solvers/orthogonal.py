@@ -7,8 +7,8 @@ Sources: orthonormal sparse coding (Lesage et al. 2005; COMPOT, arXiv:2602.15200
 2. Orthonormal stage. For D^T D = I the best S with s entries per column is exactly the s largest of D^T Y, and the best
    orthonormal D for given S is the polar factor of Y S^T. Both steps are exact, so the error never rises.
 3. Free stage. Drop orthonormality: D by least squares on the fixed S, one hard-thresholding step to let atoms trade
-   places in the support, S by conjugate gradient restricted to the support. The best factors seen are returned, so
-   this stage cannot end worse than it began.
+   places in the support, S by conjugate gradient restricted to the support. The best factors of the last rounds
+   and of the orthonormal stage are returned, so this stage cannot end worse than it began.
 
 Everything is a large matrix product or a K x K factorization, where K-SVD runs through K atoms one by one and OMP
 through s entries one by one; at s ~ K/2, the regime of language models, that is two orders of magnitude in time.
@@ -70,7 +70,7 @@ def refit_dictionary(target_IN: Tensor, codes_NK: Tensor, ridge: float = 1e-6) -
 
 
 def solve(
-    target_IN: Tensor, num_atoms: int, num_nonzeros: int, *, iterations: int = 10, refits: int = 20, cg_steps: int = 3
+    target_IN: Tensor, num_atoms: int, num_nonzeros: int, *, iterations: int = 6, refits: int = 12, cg_steps: int = 3
 ) -> SparseFactors:
     """Factorize `target_IN` into an `[I, num_atoms]` dictionary and codes with `num_nonzeros` entries per column.
 
@@ -99,17 +99,19 @@ def solve(
         return best
 
     codes, energy = best.codes_NK, target_IN.square().sum()
-    best_error = None
+    best_error, settled = None, refits - max(1, refits // 4)  # the last quarter settles on a fixed support
     for step in range(refits):
         dictionary, codes = refit_dictionary(target_IN, codes)
         gram, cross = dictionary.T @ dictionary, target_NI @ dictionary
-        if step < refits - max(1, refits // 4):  # the last quarter settles on a fixed support
+        if step < settled:
             # Atoms have unit norm, so the gradient is also what one atom alone would add to the code. Only atoms
             # outside the support are moved: those inside are at, or within a few CG steps of, their optimum.
             gradient = cross - codes @ gram
             mask = largest_per_row(torch.where(mask, codes, gradient).abs(), num_nonzeros)
             codes = codes * mask
         codes = refit_codes(gram, cross, codes, mask, cg_steps)
+        if step < settled:
+            continue
         # ||Y - D S||^2 from the small matrices, relative: ranks the rounds, is not reported
         error = float((energy - 2 * (codes * cross).sum() + (codes * (codes @ gram)).sum()) / energy)
         if best_error is None or error < best_error:
