@@ -28,6 +28,8 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
+_INTERRUPTED = 130  # what typer returns after Ctrl-C when it does not exit by itself
+
 out = Console()
 if not out.is_terminal:
     out.width = max(out.width, 160)  # a pipe has no width: module names must not be cut to 80 columns
@@ -225,11 +227,9 @@ def main() -> None:
     """Entry point of the console script: every expected failure is one line and exit code 2."""
     _quiet_libraries()
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing was published, the same command goes on after the last finished block")
+        status = app(standalone_mode=False)
+    except typer.Abort:
+        status = _INTERRUPTED
     except CompressError as error:
         _fail(str(error))
     except OSError as error:  # no space left, no permission: the system's own words name the file
@@ -238,6 +238,9 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # click's usage errors have it; anything else is our bug
             raise
         _fail(f"{error.format_message()} Try --help.")
+    if status == _INTERRUPTED:
+        _fail("interrupted; no output was made, and the same command goes on after the last finished block, if there is one")
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 def _quiet_libraries() -> None:

@@ -21,7 +21,7 @@ def spec_of(method, inputs: int, outputs: int, config) -> dict:
 def test_budget_is_met_and_nearly_filled(method, shape: tuple[int, int], ratio: float) -> None:
     spec = spec_of(method, *shape, method.Config(ratio=ratio))
     measured = 1 - packed_bytes(spec) / dense_bytes(spec)
-    assert ratio <= measured < ratio + (0.05 if min(shape) > 100 else 0.12)
+    assert ratio - 1e-9 <= measured < ratio + (0.05 if min(shape) > 100 else 0.12)
 
 
 @pytest.mark.parametrize("method", [cospadi, svd_llm], ids=["cospadi", "svd_llm"])
