@@ -225,7 +225,7 @@ def recipes_check(
 
 def main() -> None:
     """Entry point of the console script: every expected failure is one line and exit code 2."""
-    _quiet_libraries()
+    quiet_libraries()
     try:
         status = app(standalone_mode=False)
     except typer.Abort:
@@ -243,7 +243,7 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Our progress bar and errors are what a user reads; the libraries' own bars and hints would bury them."""
     import datasets
     from transformers.utils import logging
