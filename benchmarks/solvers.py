@@ -1,6 +1,6 @@
 """The default solver against the paper's OMP + K-SVD, on matrices of a real model, in one process.
 
-Prints one JSON line per matrix and solver: squared relative error of the whitened target and seconds. By default block 5
+Prints one JSON line per matrix and solver: relative error (not squared) of the whitened target and seconds. Default: block 5
 of SmolLM2-135M at ratio 0.2, calibrated on 16 x 1024 tokens; K-SVD runs the given number of rounds (the paper: 60).
 
     python -P benchmarks/solvers.py --text FILE --rounds 60 --modules q_proj k_proj

@@ -86,6 +86,7 @@ def load_texts(
 def _load_dataset(path: str, shown: str, **arguments: Any) -> Any:
     import datasets
 
+    datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(path, **arguments)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -245,13 +245,11 @@ def main() -> None:
 
 def quiet_libraries() -> None:
     """Our progress bar and errors are what a user reads; the libraries' own bars and hints would bury them."""
-    import datasets
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def _fail(message: str) -> None:

@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from rich.console import Console
 
-from compress import load
 from compress.cli import BarProgress, quiet_libraries
 from compress.evaluate.compare import compare, table
 from compress.model import load_for_evaluation
@@ -57,7 +56,6 @@ def main() -> None:
     original, tokenizer = load_for_evaluation(model)
     compressed, _ = load_for_evaluation(OUTPUT)
     console.print(table(compare(compressed, tokenizer, original, dataset=dataset, length=512, windows=12)))
-    compressed = load(OUTPUT)
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
         tokens = compressed.generate(**inputs, max_new_tokens=24, do_sample=False)
