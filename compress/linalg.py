@@ -10,6 +10,23 @@ import torch
 from torch import Tensor
 
 
+class SecondMoment:
+    """Uncentred second moment G = E[x x^T] of a layer's inputs, `gram_II` fp64, with its factorizations.
+
+    q, k and v read the same inputs, so do gate and up: each factorization is computed once for all of them.
+    """
+
+    def __init__(self, gram_II: Tensor) -> None:
+        self.gram_II = gram_II.double()
+        self._whitenings: dict[float, tuple[Tensor, Tensor]] = {}
+
+    def whitening(self, damping: float) -> tuple[Tensor, Tensor]:
+        """`whitening(gram_II, damping)`, remembered."""
+        if damping not in self._whitenings:
+            self._whitenings[damping] = whitening(self.gram_II, damping)
+        return self._whitenings[damping]
+
+
 def whitening(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Return `(L, L_inv)`, both `[I, I]` fp64, with `L^T L = gram + damping * mean(diag(gram)) * eye`.
 

@@ -28,6 +28,7 @@ from compress.calibrate.blocks import BlockRunner
 from compress.calibrate.statistics import Gram
 from compress.errors import CompressError
 from compress.layers import build
+from compress.linalg import SecondMoment
 from compress.model import Source, build_skeleton, materialise, open_source, release, require_compressible
 from compress.plan import HEAD, Job, Plan, make_plan
 from compress.recipe import Recipe
@@ -301,19 +302,20 @@ def _compress_jobs(
 ) -> tuple[dict[str, Tensor], list[ModuleReport]]:
     packed: dict[str, Tensor] = {}
     reports = []
-    means: dict[int, Tensor] = {}
+    moments: dict[int, SecondMoment] = {}
     for job in jobs:
         started = time.perf_counter()
         gram = grams[job.name]
-        if id(gram) not in means:
-            means = {id(gram): gram.mean()}  # one at a time: layers that share inputs follow each other
+        if id(gram) not in moments:
+            moments = {id(gram): SecondMoment(gram.mean())}  # one at a time: layers that share inputs follow each other
+        inputs = moments[id(gram)]
         weight = prepared.source.read(f"{job.name}.weight").to(prepared.device, torch.float32)
         try:
-            tensors = methods.load(job.rule.method).compress(weight, means[id(gram)], job.spec, job.rule.options)
+            tensors = methods.load(job.rule.method).compress(weight, inputs, job.spec, job.rule.options)
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise CompressError(f"{job.name}: {error}") from error
         layer = _filled_layer(job, {f"{job.name}.{key}": value for key, value in tensors.items()}, prepared.device)
-        error = methods.relative_output_error(weight, layer.dense_weight(), means[id(gram)])
+        error = methods.relative_output_error(weight, layer.dense_weight(), inputs.gram_II)
         report = ModuleReport.of(job.name, job.rule.method, job.spec, error, time.perf_counter() - started)
         reports.append(report)
         progress.matrix(report)

@@ -4,7 +4,7 @@ A method file holds
 
     class Config(MethodConfig)                        its options, each documented
     plan(in_features, out_features, config) -> dict   the storage spec it will use, from the sizes alone
-    compress(weight_NI, gram_II, spec, config) -> dict[str, Tensor]    the packed tensors of that spec
+    compress(weight_NI, inputs: SecondMoment, spec, config) -> dict[str, Tensor]    the packed tensors of that spec
 
 and nothing else is edited to add one. `plan` raises ValueError when the sizes cannot meet the ratio.
 """

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from compress.kernels.sparse_dictionary import pack_mask
 from compress.layers import Spec
-from compress.linalg import whitening
+from compress.linalg import SecondMoment
 from compress.methods import MethodConfig, bf16
 from compress.solvers import ksvd, orthogonal
 
@@ -58,9 +58,9 @@ def plan(in_features: int, out_features: int, config: Config) -> Spec:
     return {"format": "sparse_dictionary", "num_atoms": atoms, "num_nonzeros": nonzeros}
 
 
-def compress(weight_NI: Tensor, gram_II: Tensor, spec: Spec, config: Config) -> dict[str, Tensor]:
+def compress(weight_NI: Tensor, inputs: SecondMoment, spec: Spec, config: Config) -> dict[str, Tensor]:
     """Packed dictionary, values and mask of the weight; see `compress.methods`."""
-    whiten, unwhiten = whitening(gram_II, config.damping)
+    whiten, unwhiten = inputs.whitening(config.damping)
     target_IN = (whiten @ weight_NI.double().T).float()  # solvers run in fp32
     sizes = (spec["num_atoms"], spec["num_nonzeros"])
     if config.solver == "orthogonal":
@@ -76,7 +76,7 @@ def compress(weight_NI: Tensor, gram_II: Tensor, spec: Spec, config: Config) -> 
     dictionary = unwhiten @ factors.dictionary_IK.double()
     norm = dictionary.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
     stored = bf16(dictionary / norm)
-    codes = _refit_to_stored(weight_NI, gram_II, stored, factors.codes_NK.double() * norm, factors.mask_NK)
+    codes = _refit_to_stored(weight_NI, inputs.gram_II, stored, factors.codes_NK.double() * norm, factors.mask_NK)
     values = codes[factors.mask_NK].view(len(codes), spec["num_nonzeros"])  # row by row, ascending atoms
     return {"dictionary": stored, "values": bf16(values), "mask": pack_mask(factors.mask_NK)}
 
@@ -97,5 +97,5 @@ def flops(in_features: int, out_features: int, spec: Spec, config: Config) -> fl
 def _refit_to_stored(weight_NI: Tensor, gram_II: Tensor, stored_IK: Tensor, codes_NK: Tensor, mask_NK: Tensor) -> Tensor:
     """Codes for the dictionary as stored: L^{-1} amplifies its rounding in weak directions, a refit takes that up."""
     atoms = stored_IK.double()
-    image_IK = gram_II.double() @ atoms
+    image_IK = gram_II @ atoms
     return orthogonal.refit_codes(atoms.T @ image_IK, weight_NI.double() @ image_IK, codes_NK, mask_NK, steps=5)

@@ -15,13 +15,13 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.layers import Spec
-from compress.linalg import whitening
+from compress.linalg import SecondMoment
 from compress.methods import MethodConfig, bf16
 
 
 class Config(MethodConfig):
     ratio: float = Field(0.2, gt=0, lt=1, description="fraction of the bf16 bytes to remove")
-    rank_multiple: int = Field(8, ge=1, description="the rank is rounded down to a multiple of this")
+    rank_multiple: int = Field(1, ge=1, description="the rank is rounded down to a multiple of this; GPUs like 8")
     damping: float = Field(1e-6, ge=0, description="added to the Gram matrix, relative to its mean diagonal")
 
 
@@ -35,9 +35,9 @@ def plan(in_features: int, out_features: int, config: Config) -> Spec:
     return {"format": "low_rank", "rank": rank}
 
 
-def compress(weight_NI: Tensor, gram_II: Tensor, spec: Spec, config: Config) -> dict[str, Tensor]:
+def compress(weight_NI: Tensor, inputs: SecondMoment, spec: Spec, config: Config) -> dict[str, Tensor]:
     """Factors of the weight; see `compress.methods`."""
-    whiten, unwhiten = whitening(gram_II, config.damping)
+    whiten, unwhiten = inputs.whitening(config.damping)
     left, values, right = torch.linalg.svd(whiten @ weight_NI.double().T, full_matrices=False)
     root = values[: spec["rank"]].sqrt()
     down_IR = unwhiten @ (left[:, : spec["rank"]] * root)

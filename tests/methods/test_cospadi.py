@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from compress.layers import build, dense_bytes, packed_bytes
+from compress.linalg import SecondMoment
 from compress.methods import cospadi, relative_output_error, svd_llm
 
 SHAPES = [(576, 576), (576, 192), (576, 1536), (1536, 576), (4096, 14336), (100, 60)]
@@ -47,7 +48,7 @@ def test_better_than_low_rank_at_equal_bytes(solver: str) -> None:
     ]:
         spec = spec_of(method, 96, 160, config)
         layer = build(spec)
-        layer.load_state_dict(method.compress(weight, gram, spec, config))
+        layer.load_state_dict(method.compress(weight, SecondMoment(gram), spec, config))
         errors[method] = relative_output_error(weight, layer.dense_weight(), gram)
     assert errors[cospadi] < 0.95 * errors[svd_llm]
 
@@ -59,7 +60,7 @@ def test_whitening_is_what_makes_it_activation_aware() -> None:
     errors = []
     for statistics in (gram, torch.eye(96).double()):
         layer = build(spec)
-        layer.load_state_dict(cospadi.compress(weight, statistics, spec, config))
+        layer.load_state_dict(cospadi.compress(weight, SecondMoment(statistics), spec, config))
         errors.append(relative_output_error(weight, layer.dense_weight(), gram))
     assert errors[0] < 0.7 * errors[1]
 
@@ -69,7 +70,7 @@ def test_layer_runs_the_weight_it_stands_for() -> None:
     config = cospadi.Config(ratio=0.2)
     spec = spec_of(cospadi, 96, 160, config)
     layer = build(spec)
-    layer.load_state_dict(cospadi.compress(weight, gram, spec, config))
+    layer.load_state_dict(cospadi.compress(weight, SecondMoment(gram), spec, config))
     layer.check(spec, dict(layer.named_buffers()))
     x = torch.randn(5, 96)
     assert torch.allclose(layer(x), x @ layer.dense_weight().T, atol=1e-4)

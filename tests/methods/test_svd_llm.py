@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.layers import build
-from compress.linalg import whitening
+from compress.linalg import SecondMoment, whitening
 from compress.methods import relative_output_error, svd_llm
 
 
@@ -16,7 +16,7 @@ def test_error_is_the_tail_of_the_whitened_spectrum() -> None:
     config = svd_llm.Config(ratio=0.4, damping=0)
     spec = {**svd_llm.plan(40, 56, config), "in_features": 40, "out_features": 56, "bias": False}
     layer = build(spec)
-    layer.load_state_dict(svd_llm.compress(weight, gram, spec, config))
+    layer.load_state_dict(svd_llm.compress(weight, SecondMoment(gram), spec, config))
     values = torch.linalg.svdvals(whitening(gram, 0)[0] @ weight.double().T).square()
     expected = float((values[spec["rank"] :].sum() / values.sum()).sqrt())
     assert relative_output_error(weight, layer.dense_weight(), gram) == pytest.approx(expected, rel=5e-3)  # bf16 factors
