@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from compress.calibrate.data import load_texts, make_tokens
 from compress.calibrate.statistics import Gram
 from compress.linalg import whitening
-from compress.methods import cospadi, svd_llm
+from compress.methods import Site, cospadi, svd_llm
 from compress.solvers import ksvd, orthogonal
 from smollm2 import smollm2
 
@@ -58,10 +58,10 @@ def main() -> None:
         inputs, outputs = weight.shape[1], weight.shape[0]
         target = (whitening(grams[name].mean(), 1e-6)[0] @ weight.double().T).float()
         config = cospadi.Config(ratio=options.ratio)
-        spec = cospadi.plan(inputs, outputs, config)
+        spec = cospadi.plan(Site(inputs, outputs), config)
         sizes = (spec["num_atoms"], spec["num_nonzeros"])
         values = torch.linalg.svdvals(target.double()).square()
-        rank = svd_llm.plan(inputs, outputs, svd_llm.Config(ratio=options.ratio))["rank"]
+        rank = svd_llm.plan(Site(inputs, outputs), svd_llm.Config(ratio=options.ratio))["rank"]
         _print(name, "svd", {"rank": rank}, float(values[rank:].sum() / values.sum()), None)
         for label, solve in [
             ("orthonormal only", partial(orthogonal.solve, target, *sizes, refits=0)),

@@ -14,6 +14,28 @@ from torch import Tensor
 _BLOCK_COLUMNS = 512
 
 
+class HeadGrams:
+    """One Gram matrix per head: `[heads, head_dim, head_dim]`, from states `[batch, heads, tokens, head_dim]`."""
+
+    def __init__(self) -> None:
+        self.sum_HDD: Tensor | float = 0.0
+        self.tokens = 0
+
+    def add(self, x: Tensor, mask: Tensor | None = None, skip: int = 0) -> None:
+        """Add states; `mask` `[batch, tokens]` is true for the tokens that count, the first `skip` of each row do not."""
+        keep = x.new_ones(x.shape[0], x.shape[2], dtype=bool) if mask is None else mask.to(x.device).bool()
+        keep = keep & (keep.cumsum(dim=1) > skip)
+        rows_HTD = x.detach().transpose(1, 2)[keep].transpose(0, 1).float()
+        self.sum_HDD = self.sum_HDD + (rows_HTD.transpose(1, 2) @ rows_HTD).double()
+        self.tokens += rows_HTD.shape[1]
+
+    def mean(self) -> Tensor:
+        """Second moments per token, fp64; ValueError when no token was seen."""
+        if self.tokens == 0:
+            raise ValueError("no token was seen")
+        return self.sum_HDD / self.tokens
+
+
 class Gram:
     """Sum of x x^T and the number of tokens in it. Memory: I^2 x 8 bytes."""
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.layers import Spec, all_tensors, build, layer_class
@@ -53,7 +53,7 @@ def assemble(
     output.mkdir()
     replaced = {f"{job.name}.weight" for job in plan.jobs}
     tensors = {name: tensor for name, tensor in source.tensors.items() if name not in replaced}
-    for file in block_files:
+    for file in block_files:  # packed layers, and what a rotation changed
         tensors.update(read_header(file))
     total = write_shards(output, tensors, max_shard_bytes)
     dense = sum(tensor.num_bytes for tensor in source.tensors.values())
@@ -61,7 +61,7 @@ def assemble(
     quantization = {
         "quant_method": "compress",
         "version": FORMAT_VERSION,
-        "modules": {job.name: job.spec for job in plan.jobs},
+        "modules": {job.name: job.spec for job in plan.jobs} | plan.others,
     }
     config = {**source.config, "quantization_config": quantization, "transformers_weights": GUARD}
     for path in source.side_files():
@@ -122,6 +122,12 @@ def validate(path: Path, specs: dict[str, Spec]) -> dict[str, StoredTensor]:
         CompressError: the first thing that does not fit, with file, tensor, what was expected and what came.
     """
     tensors = read_tensor_index(path)
+    with torch.device("cpu"):  # from_pretrained calls this while it builds on the meta device
+        _validate_modules(path, specs, tensors)
+    return tensors
+
+
+def _validate_modules(path: Path, specs: dict[str, Spec], tensors: dict[str, StoredTensor]) -> None:
     for name, spec in specs.items():
         try:
             expected = all_tensors(spec)
@@ -144,7 +150,6 @@ def validate(path: Path, specs: dict[str, Spec]) -> dict[str, StoredTensor]:
             cls.check(spec, integers)
         except ValueError as error:
             raise CompressError(f"{path} is damaged: {name}: {error}") from error
-    return tensors
 
 
 def load(path: str | Path, *, device_map: Any = None, dtype: Any = "auto") -> nn.Module:
@@ -168,16 +173,22 @@ def export_dense(path: str | Path, output: str | Path, max_shard_bytes: int = 4 
     scratch = staging / "matrices"
     try:
         scratch.mkdir(parents=True)
+        untied = False
         for number, (name, spec) in enumerate(specs.items()):
             layer = build({**spec, "bias": False})
             layer.load_state_dict({key: tensors.pop(f"{name}.{key}").read() for key in layer.state_dict()})
+            dense = {f"{name}.weight": layer.dense_weight().to(torch.bfloat16)}
+            if spec["format"] == "rotated_norm":
+                dense, untied = _untied_head(name, layer.dense_weight(), tensors), True
             file = scratch / f"{number}.safetensors"
-            write_file(file, {f"{name}.weight": layer.dense_weight().to(torch.bfloat16)})
+            write_file(file, dense)
             tensors.update(read_header(file))
         (staging / "whole").mkdir()
         total = write_shards(staging / "whole", tensors, max_shard_bytes)
         dropped = {"quantization_config", "transformers_weights"}
         config = {key: value for key, value in source.config.items() if key not in dropped}
+        if untied:
+            config["tie_word_embeddings"] = False
         write_json(staging / "whole" / "config.json", config)
         for file in source.side_files():
             shutil.copyfile(file, staging / "whole" / file.name)
@@ -185,6 +196,13 @@ def export_dense(path: str | Path, output: str | Path, max_shard_bytes: int = 4 
         return total
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _untied_head(norm: str, gain_II: Tensor, tensors: dict[str, StoredTensor]) -> dict[str, Tensor]:
+    """A plain model has no place for a matrix behind its final norm: it goes into an output projection of its own."""
+    embedding = tensors[f"{norm.rpartition('.')[0]}.embed_tokens.weight"].read()
+    head = torch.cat([(rows.float() @ gain_II).to(torch.bfloat16) for rows in embedding.split(8192)])
+    return {f"{norm}.weight": torch.ones(len(gain_II), dtype=torch.bfloat16), "lm_head.weight": head}
 
 
 def read_report(path: str | Path) -> Report:

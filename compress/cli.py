@@ -93,8 +93,9 @@ def model_command(
 ) -> None:
     """Calibrate, compress and save a model; the same command resumes a run that was cut off."""
     from compress.forecast import forecast_table
+    from compress.prepare import prepare
     from compress.recipe import Recipe
-    from compress.run import prepare, run
+    from compress.run import run
 
     checked = Recipe.load(recipe, overrides or ())
     name = model or checked.model

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from compress import methods
 from compress.layers import dense_bytes, packed_bytes
+from compress.prepare import Prepared
 from compress.report import duration, megabytes, sizes
-from compress.run import Prepared
 
 
 def predicted_memory_bytes(prepared: Prepared) -> int:

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress import checkpoint
 from compress.errors import CompressError
-from compress.layers import CompressedLinear, Spec, build
+from compress.layers import CompressedLinear, Spec, build, layer_class
 
 
 class CompressQuantizationConfig(QuantizationConfigMixin):
@@ -51,8 +51,7 @@ class CompressHfQuantizer(HfQuantizer):
                 linear = model.get_submodule(name)
             except AttributeError as error:
                 raise CompressError(f"config.json names {name}, which this architecture does not have") from error
-            shape = (spec["in_features"], spec["out_features"])
-            if not isinstance(linear, nn.Linear) or shape != (linear.in_features, linear.out_features):
+            if not layer_class(spec["format"]).stands_for(spec, linear):
                 raise CompressError(f"config.json: {name} does not fit the model's {linear}")
             with torch.device("meta"):
                 model.set_submodule(name, build(spec))

@@ -34,7 +34,7 @@ def cache_dir() -> Path:
     return path
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """A checkpoint on disk: its directory, config and where each tensor lies."""
 
@@ -177,6 +177,23 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count and name.count(".") <= 3:
             return name, module
     raise CompressError(f"{type(model).__name__}: found no list of {count} decoder blocks")
+
+
+def inputs_of(model: nn.Module, name: str, module: nn.Linear) -> tuple[str, int]:
+    """What a linear layer reads, as `compress.methods.Site` names it, and the number of heads side by side in it."""
+    leaf = name.rpartition(".")[2]
+    if leaf in {"q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj"}:
+        return "stream", 0
+    if leaf == "o_proj":
+        head_dim = head_width(model)
+        return ("heads", module.in_features // head_dim) if module.in_features % head_dim == 0 else ("other", 0)
+    return ("hidden", 0) if leaf == "down_proj" else ("other", 0)
+
+
+def head_width(model: nn.Module) -> int:
+    """Width of one attention head."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def output_head(model: nn.Module) -> str | None:

@@ -9,7 +9,7 @@ from torch import nn
 from compress import methods
 from compress.errors import CompressError
 from compress.layers import Spec, dense_bytes, packed_bytes
-from compress.model import Source, decoder_blocks, is_tied, output_head
+from compress.model import Source, decoder_blocks, inputs_of, is_tied, output_head
 from compress.recipe import Recipe, Rule
 from compress.suggest import unknown
 
@@ -35,6 +35,7 @@ class Plan:
     jobs: tuple[Job, ...]
     notes: tuple[str, ...] = ()
     by_block: dict[int, list[Job]] = field(default_factory=dict)
+    others: dict[str, Spec] = field(default_factory=dict)  # layers of our own that replace no matrix
 
     @property
     def dense_bytes(self) -> int:
@@ -70,7 +71,7 @@ def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
             raise CompressError(f"{name} shares its weight with the input embedding and cannot be compressed; leave it out")
         if f"{name}.weight" not in source.tensors:
             raise CompressError(f"the checkpoint holds no {name}.weight; its names are not those of this architecture")
-        jobs.append(Job(name, _block_of(name, blocks_name), _spec(name, module, source, rule), rule))
+        jobs.append(Job(name, _block_of(name, blocks_name), _spec(model, name, module, source, rule), rule))
     if not jobs:
         raise CompressError("the recipe leaves every layer as it is; give a rule with a method")
     by_block: dict[int, list[Job]] = {}
@@ -79,11 +80,15 @@ def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
     return Plan(blocks_name, len(blocks), tuple(jobs), _notes(blocks, routers), by_block)
 
 
-def _spec(name: str, module: nn.Linear, source: Source, rule: Rule) -> Spec:
+def _spec(model: nn.Module, name: str, module: nn.Linear, source: Source, rule: Rule) -> Spec:
+    inputs, heads = inputs_of(model, name, module)
+    site = methods.Site(module.in_features, module.out_features, inputs, heads)
     try:
-        sizes = methods.load(rule.method).plan(module.in_features, module.out_features, rule.options)
+        sizes = methods.load(rule.method).plan(site, rule.options)
     except ValueError as error:
-        raise CompressError(f"{name}: {error}; lower weights.ratio or leave it out with a rule `method: none`") from error
+        raise CompressError(
+            f"{name}: {error}; change the rule's options or leave it out with a rule `method: none`"
+        ) from error
     bias = source.tensors.get(f"{name}.bias")
     return {
         **sizes,

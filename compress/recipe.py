@@ -59,6 +59,11 @@ class Rule(_Strict):
     def matches(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.targets)
 
+    def rotation(self, hidden_size: int, head_dim: int) -> Any:
+        """The `compress.bases.Wanted` of a method that rotates the model first; None for the others."""
+        ask = getattr(methods.load(self.method), "rotation", None) if self.options else None
+        return ask(self.options, hidden_size, head_dim) if ask else None
+
     def resolved(self) -> dict[str, Any]:
         """The rule as it would be written, every default filled in."""
         options = self.options.model_dump() if self.options else {}

@@ -53,6 +53,16 @@ class CompressedLinear(nn.Module, ABC):
     def check(cls, spec: Spec, tensors: dict[str, Tensor]) -> None:
         """Raise ValueError when tensors of the right shape hold something that no kernel may see."""
 
+    @classmethod
+    def stands_for(cls, spec: Spec, module: nn.Module) -> bool:
+        """Whether a layer of this spec may take the place of a module of the plain model."""
+        shape = (spec["in_features"], spec["out_features"])
+        return isinstance(module, nn.Linear) and shape == (module.in_features, module.out_features)
+
+    def seen_input(self, x: Tensor) -> Tensor:
+        """What the layer's arithmetic makes of its inputs: themselves, unless the format rounds them."""
+        return x
+
     @abstractmethod
     def dense_weight(self) -> Tensor:
         """The `[out_features, in_features]` fp32 weight that this layer multiplies by."""

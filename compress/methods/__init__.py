@@ -3,7 +3,7 @@
 A method file holds
 
     class Config(MethodConfig)                        its options, each documented
-    plan(in_features, out_features, config) -> dict   the storage spec it will use, from the sizes alone
+    plan(site, config) -> dict                        the storage spec it will use, from the layer's sizes and place
     compress(weight_NI, inputs: SecondMoment, spec, config) -> dict[str, Tensor]    the packed tensors of that spec
 
 and nothing else is edited to add one. `plan` raises ValueError when the sizes cannot meet the ratio.
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -29,9 +31,23 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+@dataclass(frozen=True)
+class Site:
+    """A linear layer as `plan` sees it: its sizes and what it reads.
+
+    `inputs` is "stream" for the normalised residual stream (q, k, v, gate, up), "heads" for attention heads side by side
+    (o_proj; then `heads` counts them), "hidden" for the inside of the MLP (down_proj), "other" for anything else.
+    """
+
+    in_features: int
+    out_features: int
+    inputs: Literal["stream", "heads", "hidden", "other"] = "other"
+    heads: int = 0
+
+
 def names() -> list[str]:
-    """The methods in this folder, without importing them."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """The methods in this folder, without importing them; a leading underscore marks what several methods share."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def load(name: str) -> ModuleType:

@@ -24,7 +24,7 @@ from torch import Tensor
 from compress.kernels.sparse_dictionary import pack_mask
 from compress.layers import Spec
 from compress.linalg import SecondMoment
-from compress.methods import MethodConfig, bf16
+from compress.methods import MethodConfig, Site, bf16
 from compress.solvers import ksvd, orthogonal
 
 
@@ -39,12 +39,13 @@ class Config(MethodConfig):
     seed: int = Field(42, description="ksvd: the random start")
 
 
-def plan(in_features: int, out_features: int, config: Config) -> Spec:
+def plan(site: Site, config: Config) -> Spec:
     """K and s that fill (1 - ratio) of the dense bytes: 2 I K + 2 s N + N K / 8.
 
     K is rounded to a multiple of 32 (one mask word; of 8 for small layers) and s takes what is left, down to a multiple
     of 8 (16 bytes of values), so rounding never exceeds the budget.
     """
+    in_features, out_features = site.in_features, site.out_features
     budget = (1 - config.ratio) * 2 * in_features * out_features
     per_atom = 2 * in_features + 2 * out_features / config.atoms_per_nonzero + out_features / 8
     atoms = min(budget / per_atom, in_features if config.solver == "orthogonal" else float("inf"))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.layers import Spec
 from compress.linalg import SecondMoment
-from compress.methods import MethodConfig, bf16
+from compress.methods import MethodConfig, Site, bf16
 
 
 class Config(MethodConfig):
@@ -25,8 +25,9 @@ class Config(MethodConfig):
     damping: float = Field(1e-6, ge=0, description="added to the Gram matrix, relative to its mean diagonal")
 
 
-def plan(in_features: int, out_features: int, config: Config) -> Spec:
+def plan(site: Site, config: Config) -> Spec:
     """Largest rank whose two factors take at most (1 - ratio) of the dense bytes."""
+    in_features, out_features = site.in_features, site.out_features
     rank = int((1 - config.ratio) * in_features * out_features / (in_features + out_features))
     multiple = config.rank_multiple if rank >= 8 * config.rank_multiple else 1
     rank = rank // multiple * multiple

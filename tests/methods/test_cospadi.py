@@ -7,13 +7,13 @@ import torch
 
 from compress.layers import build, dense_bytes, packed_bytes
 from compress.linalg import SecondMoment
-from compress.methods import cospadi, relative_output_error, svd_llm
+from compress.methods import Site, cospadi, relative_output_error, svd_llm
 
 SHAPES = [(576, 576), (576, 192), (576, 1536), (1536, 576), (4096, 14336), (100, 60)]
 
 
 def spec_of(method, inputs: int, outputs: int, config) -> dict:
-    return {**method.plan(inputs, outputs, config), "in_features": inputs, "out_features": outputs, "bias": False}
+    return {**method.plan(Site(inputs, outputs), config), "in_features": inputs, "out_features": outputs, "bias": False}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -28,7 +28,7 @@ def test_budget_is_met_and_nearly_filled(method, shape: tuple[int, int], ratio: 
 @pytest.mark.parametrize("method", [cospadi, svd_llm], ids=["cospadi", "svd_llm"])
 def test_unreachable_ratio(method) -> None:
     with pytest.raises(ValueError, match="leaves no"):
-        method.plan(16, 16, method.Config(ratio=0.99))
+        method.plan(Site(16, 16), method.Config(ratio=0.99))
 
 
 def correlated_problem() -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,14 +7,14 @@ import torch
 
 from compress.layers import build
 from compress.linalg import SecondMoment, whitening
-from compress.methods import relative_output_error, svd_llm
+from compress.methods import Site, relative_output_error, svd_llm
 
 
 def test_error_is_the_tail_of_the_whitened_spectrum() -> None:
     x = torch.randn(2000, 40) * torch.logspace(1, -1, 40)
     gram, weight = (x.T @ x / 2000).double(), torch.randn(56, 40)
     config = svd_llm.Config(ratio=0.4, damping=0)
-    spec = {**svd_llm.plan(40, 56, config), "in_features": 40, "out_features": 56, "bias": False}
+    spec = {**svd_llm.plan(Site(40, 56), config), "in_features": 40, "out_features": 56, "bias": False}
     layer = build(spec)
     layer.load_state_dict(svd_llm.compress(weight, SecondMoment(gram), spec, config))
     values = torch.linalg.svdvals(whitening(gram, 0)[0] @ weight.double().T).square()

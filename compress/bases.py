@@ -1,0 +1,208 @@
+"""The earlier pass of methods that rotate: second moments of the whole model first, bases from them, then the real run.
+
+One pass of the block loop over the calibration text gathers, at the original model,
+
+    stream   the sum over blocks of the moments of both normalised inputs, before the norms' gains
+    heads    per block and KV head, the moment of the values, and of the keys and queries after rotary embedding
+
+and, if asked, the Gram matrices of the weights that read them: a direction matters by how large it is and by how strongly
+it is read (CoQuant, arXiv:2604.26378). The bases are kept in the staging directory, so a resumed run uses the same ones.
+Cost: one forward pass without solving; a d x d and L x H small fp64 sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compress.blockwise import Progress, start_runner
+from compress.calibrate import data
+from compress.calibrate.attention import observed_attention
+from compress.calibrate.statistics import Gram, HeadGrams
+from compress.errors import CompressError
+from compress.layers import build
+from compress.model import Source, build_skeleton, head_width, materialise, release
+from compress.prepare import Prepared
+from compress.rotation import (
+    RotatedSource,
+    Rotation,
+    Wanted,
+    final_norm_spec,
+    hadamard_basis,
+    norm_readers,
+    pca_basis,
+    require_rotatable,
+)
+from compress.tensorfile import read_header, write_file
+
+
+@dataclass
+class Moments:
+    """Second moments of one pass, fp64; per block and head where they are mappings."""
+
+    stream: Tensor
+    values: dict[int, Tensor]
+    keys: dict[int, Tensor]
+    queries: dict[int, Tensor]
+
+
+def gather(prepared: Prepared, tokens: data.Tokens, progress: Progress) -> Moments:
+    """Run the original model once, block by block.
+
+    Raises:
+        CompressError: activations that are not finite.
+    """
+    model, plan = prepared.model, prepared.plan
+    runner = start_runner(prepared, tokens)
+    stream = Gram(model.config.get_text_config(decoder=True).hidden_size, prepared.device)
+    moments = Moments(stream.sum_II, {}, {}, {})
+    progress.note(f"gathering second moments of {plan.num_blocks} blocks for the bases")
+    for index in range(plan.num_blocks):
+        prefix = f"{plan.blocks_name}.{index}."
+        materialise(model, prepared.source, prefix, prepared.dtype, prepared.device)
+        states = {"values": HeadGrams(), "keys": HeadGrams(), "queries": HeadGrams()}
+
+        def see(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, states: dict = states) -> None:
+            grouped = query.unflatten(1, (key.shape[1], -1)).transpose(1, 2).flatten(0, 1)  # queries of one KV head
+            repeats = grouped.shape[0] // query.shape[0]
+            mask = None if runner.mask is None else runner.mask.repeat_interleave(repeats, dim=0)
+            states["queries"].add(grouped, mask)
+            states["keys"].add(key, runner.mask)
+            states["values"].add(value, runner.mask)
+
+        hooks = [
+            model.get_submodule(prefix + norm).register_forward_pre_hook(
+                lambda module, args: stream.add(_normalised(module, args[0]), runner.mask)
+            )
+            for norm in norm_readers()
+        ]
+        try:
+            with observed_attention(model, see):
+                runner.run(index, keep=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        release(model, prefix)
+        for name, grams in states.items():
+            getattr(moments, name)[index] = grams.mean()
+    moments.stream = stream.mean()
+    return moments
+
+
+def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    wide = x.float()
+    return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + norm.variance_epsilon)
+
+
+def rotation_bases(prepared: Prepared, wanted: Wanted, moments: Moments | None) -> dict[str, Tensor]:
+    """`stream` `[d, d]` and `heads.<block>` `[H, D, D]`, fp64."""
+    model, plan = prepared.model, prepared.plan
+    config = model.config.get_text_config(decoder=True)
+    generator = torch.Generator().manual_seed(wanted.seed)
+    bases: dict[str, Tensor] = {}
+    if wanted.stream == "hadamard":
+        bases["stream"] = hadamard_basis(config.hidden_size, generator)
+    elif wanted.stream == "pca":
+        moment = _mixed(moments.stream, lambda: _reader_gram(prepared), wanted.weight_share)
+        bases["stream"] = pca_basis(moment, wanted.stream_high, generator)
+    width, heads = head_width(model), config.num_key_value_heads
+    for index in range(plan.num_blocks if wanted.heads != "none" else 0):
+        if wanted.heads == "hadamard":
+            bases[f"heads.{index}"] = hadamard_basis(width).expand(heads, -1, -1).contiguous()
+            continue
+        weights = _output_gram(prepared, index, heads, width) if wanted.weight_share else None
+        bases[f"heads.{index}"] = torch.stack(
+            [
+                pca_basis(
+                    _mixed(moment, lambda head=head, weights=weights: weights[head], wanted.weight_share),
+                    wanted.heads_high,
+                    generator,
+                )
+                for head, moment in enumerate(moments.values[index])
+            ]
+        )
+    return bases
+
+
+def _mixed(moment: Tensor, weights: Callable[[], Tensor], share: float) -> Tensor:
+    """Moments of inputs and of weights, each brought to trace one."""
+    if not share:
+        return moment
+    other = weights()
+    return (1 - share) * moment / moment.diagonal().sum() + share * other / other.diagonal().sum()
+
+
+def _reader_gram(prepared: Prepared) -> Tensor:
+    """Sum of W^T W over all linears that read the stream, gains of the norms included."""
+    total: Tensor | float = 0.0
+    for index in range(prepared.plan.num_blocks):
+        prefix = f"{prepared.plan.blocks_name}.{index}."
+        for norm, readers in norm_readers().items():
+            gain = prepared.source.read(f"{prefix}{norm}.weight").float()
+            for reader in readers:
+                weight = prepared.source.read(f"{prefix}{reader}.weight").float() * gain
+                total = total + (weight.T @ weight).double()
+    return total
+
+
+def _output_gram(prepared: Prepared, index: int, heads: int, width: int) -> Tensor:
+    """W_o^T W_o of the columns that read each KV head, `[H, D, D]`."""
+    weight = prepared.source.read(f"{prepared.plan.blocks_name}.{index}.self_attn.o_proj.weight").double()
+    columns = weight.unflatten(1, (heads, -1, width))  # [N, H, query heads, D]
+    return torch.einsum("nhqd,nhqe->hde", columns, columns)
+
+
+def wanted_rotation(prepared: Prepared) -> Wanted | None:
+    """The rotation that the rules of a recipe ask for; None when none does.
+
+    Raises:
+        CompressError: rules that ask for different rotations, or a model that cannot be rotated.
+    """
+    config = prepared.model.config.get_text_config(decoder=True)
+    asked = {rule.rotation(config.hidden_size, head_width(prepared.model)) for rule in prepared.recipe.weights} - {None}
+    if len(asked) > 1:
+        raise CompressError("the rules ask for different rotations of one model; give all of them the same basis options")
+    if not asked:
+        return None
+    require_rotatable(prepared.model)
+    return asked.pop()
+
+
+def rotated(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Progress) -> Prepared:
+    """The same run on the rotated model, if its recipe asks for one."""
+    wanted = wanted_rotation(prepared)
+    if wanted is None:
+        return prepared
+    file = staging / "bases.safetensors"
+    if not file.exists():
+        moments = gather(prepared, tokens, progress) if "pca" in (wanted.stream, wanted.heads) else None
+        try:
+            bases = rotation_bases(prepared, wanted, moments)
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            raise CompressError(f"bases: {error}") from error
+        write_file(file, bases)
+    stored = {name: tensor.read() for name, tensor in read_header(file).items()}
+    heads = {int(name.split(".")[1]): basis for name, basis in stored.items() if name.startswith("heads.")}
+    skeleton = build_skeleton(prepared.source.path)
+    source = RotatedSource(prepared.source, skeleton, Rotation(stored.get("stream"), heads))
+    norm = final_norm_spec(skeleton, source)
+    plan = prepared.plan
+    if norm is not None:
+        with torch.device("meta"):
+            skeleton.set_submodule(norm[0], build(norm[1]))
+        plan = replace(plan, others={norm[0]: norm[1]})
+    return replace(prepared, source=source, model=skeleton, plan=plan)
+
+
+def write_rotated(source: Source, names: list[str], staging: Path) -> list[Path]:
+    """The rotated tensors that no method packs (embedding, norms), each in a file of its own, in their stored dtype."""
+    files = []
+    for number, name in enumerate(sorted(names)):
+        file = staging / f"rotated-{number:05d}.safetensors"
+        write_file(file, {name: source.read(name).to(source.tensors[name].dtype)})
+        files.append(file)
+    return files

@@ -1,0 +1,180 @@
+"""The work itself, block by block: gather statistics, compress, hand the compressed block's outputs to the next one.
+
+Finished blocks of a run that was cut off are replayed on the calibration inputs, which gives the same hidden states, and
+the rest follows with the same bytes. Memory: one block, its statistics, and the hidden states of the calibration tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compress import methods
+from compress.calibrate import data
+from compress.calibrate.blocks import BlockRunner
+from compress.calibrate.statistics import Gram
+from compress.errors import CompressError
+from compress.layers import CompressedLinear, build
+from compress.linalg import SecondMoment
+from compress.model import materialise, release
+from compress.plan import HEAD, Job
+from compress.prepare import Prepared
+from compress.report import ModuleReport
+from compress.staging import block_file, read_block, write_block
+
+_BATCH_TOKENS = 4096  # tokens fed at once: enough to keep matrix products busy, little enough to be no burden
+
+
+class Progress(Protocol):
+    """What a run tells whoever watches; every method may do nothing."""
+
+    def note(self, text: str) -> None: ...
+    def start(self, matrices: int, done: int) -> None: ...
+    def matrix(self, module: ModuleReport) -> None: ...
+
+
+class Silent:
+    """A progress that shows nothing."""
+
+    def note(self, text: str) -> None:
+        pass
+
+    def start(self, matrices: int, done: int) -> None:
+        pass
+
+    def matrix(self, module: ModuleReport) -> None:
+        pass
+
+
+def start_runner(prepared: Prepared, tokens: data.Tokens) -> BlockRunner:
+    """A runner that holds the first block's inputs; the model has no weights again when it returns."""
+    model = prepared.model
+    for module in model.modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            setattr(module, key, buffer.to(prepared.device))
+    batches = tokens.batches(max(1, _BATCH_TOKENS // tokens.ids.shape[1]))
+    runner = BlockRunner(model, model.get_submodule(prepared.plan.blocks_name), batches, prepared.device)
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    materialise(model, prepared.source, embedding, prepared.dtype, prepared.device)
+    runner.embed()
+    release(model, embedding)
+    return runner
+
+
+def compress_blocks(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Progress) -> list[ModuleReport]:
+    model, plan, source = prepared.model, prepared.plan, prepared.source
+    original_inputs = prepared.recipe.calibration.inputs == "original"
+    done = {index for index in [*range(plan.num_blocks), HEAD] if (staging / block_file(index)).exists()}
+    progress.start(len(plan.jobs), sum(len(plan.by_block.get(index, ())) for index in done))
+    if done:
+        progress.note(f"resuming: {len(done)} of {plan.num_blocks} blocks are finished")
+
+    runner = start_runner(prepared, tokens)
+    modules: list[ModuleReport] = []
+    pending = [index for index in plan.by_block if index not in done]
+    last = plan.num_blocks - 1 if HEAD in pending else max(pending, default=HEAD)  # the last block that must run
+    for index in range(plan.num_blocks):
+        jobs = plan.by_block.get(index, [])
+        if index > last:
+            modules += read_block(staging, index)[1] if jobs else []
+            continue
+        prefix = f"{plan.blocks_name}.{index}."
+        propagate = index < last or HEAD in pending
+        materialise(model, source, prefix, prepared.dtype, prepared.device)
+        linears = {job.name: model.get_submodule(job.name) for job in jobs}
+        if index in done:
+            packed, reports = read_block(staging, index)
+        elif jobs:
+            grams = runner.grams(index, linears, keep=original_inputs and propagate)
+            packed, reports = _compress_jobs(prepared, jobs, grams, progress)
+        else:
+            packed, reports = {}, []
+        collected = original_inputs and index not in done and bool(jobs)  # then the outputs came with the statistics
+        if propagate and not collected:
+            with nullcontext() if original_inputs else _installed(model, jobs, packed, prepared):
+                runner.run(index, keep=True)
+        if jobs and index not in done:
+            write_block(staging, index, packed, reports)
+        modules += reports
+        release(model, prefix)
+        del packed
+        gc.collect()
+    if HEAD in plan.by_block:
+        modules += _compress_head(prepared, runner, staging, HEAD in done, progress)
+    return modules
+
+
+def _compress_head(
+    prepared: Prepared, runner: BlockRunner, staging: Path, done: bool, progress: Progress
+) -> list[ModuleReport]:
+    model, (job,) = prepared.model, prepared.plan.by_block[HEAD]
+    if done:
+        return read_block(staging, HEAD)[1]
+    for name, parameter in list(model.named_parameters()):  # the final norm, and the head itself
+        if parameter.is_meta and not name.startswith(prepared.plan.blocks_name + "."):
+            materialise(model, prepared.source, name, prepared.dtype, prepared.device)
+    gram = Gram(job.spec["in_features"], prepared.device)
+    runner.run_head(model.get_submodule(job.name), gram.add)
+    packed, reports = _compress_jobs(prepared, [job], {job.name: gram}, progress)
+    write_block(staging, HEAD, packed, reports)
+    return reports
+
+
+def _compress_jobs(
+    prepared: Prepared, jobs: list[Job], grams: dict[str, Gram], progress: Progress
+) -> tuple[dict[str, Tensor], list[ModuleReport]]:
+    packed: dict[str, Tensor] = {}
+    reports = []
+    moments: dict[int, SecondMoment] = {}
+    for job in jobs:
+        started = time.perf_counter()
+        gram = grams[job.name]
+        if id(gram) not in moments:
+            moments = {id(gram): SecondMoment(gram.mean())}  # one at a time: layers that share inputs follow each other
+        inputs = moments[id(gram)]
+        weight = prepared.source.read(f"{job.name}.weight").to(prepared.device, torch.float32)
+        try:
+            tensors = methods.load(job.rule.method).compress(weight, inputs, job.spec, job.rule.options)
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            raise CompressError(f"{job.name}: {error}") from error
+        layer = _filled_layer(job, {f"{job.name}.{key}": value for key, value in tensors.items()}, prepared.device)
+        error = methods.relative_output_error(weight, layer.dense_weight(), inputs.gram_II)
+        report = ModuleReport.of(job.name, job.rule.method, job.spec, error, time.perf_counter() - started)
+        reports.append(report)
+        progress.matrix(report)
+        packed.update({f"{job.name}.{key}": value.cpu() for key, value in tensors.items()})
+    return packed, reports
+
+
+def _filled_layer(job: Job, packed: dict[str, Tensor], device: torch.device) -> CompressedLinear:
+    layer = build({**job.spec, "bias": False}).to(device)
+    layer.load_state_dict({key: packed[f"{job.name}.{key}"] for key in layer.state_dict()})
+    return layer
+
+
+@contextmanager
+def _installed(model: nn.Module, jobs: list[Job], packed: dict[str, Tensor], prepared: Prepared) -> Iterator[None]:
+    """Let the linears compute what their packed tensors stand for: for thousands of tokens at once the multiplied-out
+    product, behind the rounding of the inputs if there is any, is the fastest way to run the same function."""
+    handles = []
+    for job in jobs:
+        layer, linear = _filled_layer(job, packed, prepared.device), model.get_submodule(job.name)
+        linear.weight = nn.Parameter(layer.dense_weight().to(prepared.dtype), requires_grad=False)
+        handles.append(linear.register_forward_pre_hook(partial(_round_inputs, layer)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _round_inputs(layer: CompressedLinear, module: nn.Module, args: tuple) -> tuple:
+    return (layer.seen_input(args[0]), *args[1:])

@@ -1,0 +1,182 @@
+"""Packed integers in two precisions: the storage of RTN, GPTQ, QuaRot and ResQ; layout: `compress.kernels.mixed_precision`.
+
+Before the integers meet the inputs, the inputs may change their coordinates; the weight is stored in the new ones:
+
+    heads      x is `heads` heads side by side (the input of o_proj); the last `high_features / heads` coordinates of every
+               head are gathered at the end, where the high part is
+    hadamard   the low part is multiplied by an orthonormal Hadamard matrix, which spreads outliers over all its columns
+
+Both are orthogonal, so in exact arithmetic they change nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.kernels.hadamard import hadamard
+from compress.kernels.mixed_precision import dequantize_part, mixed_precision, round_activation, row_sums
+from compress.kernels.pack import pack, packed_width
+from compress.layers import CompressedLinear, Spec, TensorSpec
+from compress.quantizer import SCALE_DTYPE, Group, groups_of
+
+WEIGHT_BITS = range(2, 9)
+ACTIVATION_BITS = (4, 8, 16)
+
+
+class Layer(CompressedLinear):
+    """Spec: `bits`, `group_size` (0: one scale per row), `high_features`, `high_bits`, `heads`, `hadamard`,
+    `activation_bits` (16: not rounded), `activation_groups` and `clip`; see the layout."""
+
+    format = "mixed_precision"
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self._sums: tuple[Tensor, Tensor | None] | None = None
+
+    @classmethod
+    def tensors(cls, spec: Spec) -> dict[str, TensorSpec]:
+        _require_sizes(spec)
+        rows, high = spec["out_features"], spec["high_features"]
+        low = spec["in_features"] - high
+        tensors = {
+            "low": ((rows, packed_width(low, spec["bits"])), torch.uint8),
+            "low_scale": ((rows, len(groups_of(low, spec["bits"], spec["group_size"]))), SCALE_DTYPE),
+        }
+        if high:
+            tensors["high"] = ((rows, packed_width(high, spec["high_bits"])), torch.uint8)
+            tensors["high_scale"] = ((rows, len(groups_of(high, spec["high_bits"], spec["group_size"]))), SCALE_DTYPE)
+        return tensors
+
+    @classmethod
+    def check(cls, spec: Spec, tensors: dict[str, Tensor]) -> None:
+        widths = {"low": (spec["in_features"] - spec["high_features"], spec["bits"])}
+        widths["high"] = (spec["high_features"], spec["high_bits"])
+        for name, packed in tensors.items():
+            width, bits = widths[name]
+            unused = packed_width(width, bits) * 8 - width * bits  # bits behind the last code of a row
+            tail = packed[:, -bits:].long() << (8 * torch.arange(bits))
+            if unused and (tail.sum(dim=1) & (1 << 8 * bits) - 1).bitwise_right_shift(8 * bits - unused).any():
+                raise ValueError(f"{name} has codes beyond its {width} columns")
+
+    def forward(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        if spec["activation_bits"] < 16 and (self._sums is None or self._sums[0].device != x.device):
+            self._sums = self._row_sums()
+        low_sums, high_sums = self._sums or (None, None)
+        y = mixed_precision(
+            to_storage(spec, x),
+            self.low,
+            self.low_scale,
+            low_sums,
+            getattr(self, "high", None),
+            getattr(self, "high_scale", None),
+            high_sums,
+            spec["bits"],
+            spec["high_bits"],
+            spec["high_features"],
+            spec["group_size"],
+            spec["activation_bits"],
+            spec["activation_groups"],
+            spec["clip"],
+        )
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _row_sums(self) -> tuple[Tensor, Tensor | None]:
+        spec, high = self.spec, self.spec["high_features"]
+        layout = (spec["group_size"], spec["activation_groups"])
+        low = row_sums(self.low, spec["bits"], self.in_features - high, *layout)
+        return low, row_sums(self.high, spec["high_bits"], high, *layout) if high else None
+
+    def dense_weight(self) -> Tensor:
+        return from_storage(self.spec, self.stored_weight())
+
+    def stored_weight(self) -> Tensor:
+        """The fp32 weight `[N, I]` in the coordinates it is stored in."""
+        spec, high = self.spec, self.spec["high_features"]
+        weight = dequantize_part(self.low, self.low_scale, spec["bits"], self.in_features - high, spec["group_size"])
+        if not high:
+            return weight
+        rest = dequantize_part(self.high, self.high_scale, spec["high_bits"], high, spec["group_size"])
+        return torch.cat([weight, rest], dim=1)
+
+    def seen_input(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        if spec["activation_bits"] == 16:
+            return x
+        low, high = to_storage(spec, x).split([self.in_features - spec["high_features"], spec["high_features"]], dim=-1)
+        bits, groups = spec["activation_bits"], spec["activation_groups"]
+        parts = [round_activation(low, bits, groups, spec["clip"] if bits < 8 else 1.0)]
+        if spec["high_features"]:
+            parts.append(round_activation(high, 8, groups))
+        return from_storage(spec, torch.cat(parts, dim=-1)).to(x.dtype)
+
+
+def column_groups(spec: Spec) -> list[Group]:
+    """The groups of all stored columns, low part first, as `compress.quantizer` and the solvers take them."""
+    low = spec["in_features"] - spec["high_features"]
+    return groups_of(low, spec["bits"], spec["group_size"]) + groups_of(
+        spec["high_features"], spec["high_bits"], spec["group_size"], start=low
+    )
+
+
+def packed_tensors(spec: Spec, codes_NI: Tensor, scales_NG: Tensor) -> dict[str, Tensor]:
+    """Codes int8 and scales of all columns, in stored coordinates, as the layer's tensors."""
+    low = spec["in_features"] - spec["high_features"]
+    count = len(groups_of(low, spec["bits"], spec["group_size"]))
+    parts = {"low": (codes_NI[:, :low], scales_NG[:, :count], spec["bits"])}
+    if spec["high_features"]:
+        parts["high"] = (codes_NI[:, low:], scales_NG[:, count:], spec["high_bits"])
+    tensors = {}
+    for name, (codes, scales, bits) in parts.items():
+        tensors[name] = pack((codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8), bits)
+        tensors[f"{name}_scale"] = scales.to(SCALE_DTYPE).contiguous()
+    return tensors
+
+
+def to_storage(spec: Spec, x: Tensor) -> Tensor:
+    """`[..., I]` from the model's input coordinates to those of the stored weight; weights transform as inputs do."""
+    if spec["heads"]:
+        x = x[..., _gathered(spec).to(x.device)]
+    if not spec["hadamard"]:
+        return x
+    low, high = x.split([x.shape[-1] - spec["high_features"], spec["high_features"]], dim=-1)
+    rotated = hadamard(low)
+    return torch.cat([rotated, high], dim=-1) if spec["high_features"] else rotated
+
+
+def from_storage(spec: Spec, x: Tensor) -> Tensor:
+    """The inverse of `to_storage`."""
+    if spec["hadamard"]:
+        low, high = x.split([x.shape[-1] - spec["high_features"], spec["high_features"]], dim=-1)
+        x = torch.cat([hadamard(low), high], dim=-1)  # symmetric: its own inverse
+    if spec["heads"]:
+        x = x[..., _gathered(spec).argsort().to(x.device)]
+    return x
+
+
+def stored_gram(spec: Spec, gram_II: Tensor) -> Tensor:
+    """A Gram matrix of the inputs in the coordinates of the stored weight."""
+    return to_storage(spec, to_storage(spec, gram_II).T).T
+
+
+def _gathered(spec: Spec) -> Tensor:
+    """Stored column -> input column: the low coordinates of all heads, then the high ones."""
+    columns = torch.arange(spec["in_features"]).view(spec["heads"], -1)
+    low = columns.shape[1] - spec["high_features"] // spec["heads"]
+    return torch.cat([columns[:, :low].flatten(), columns[:, low:].flatten()])
+
+
+def _require_sizes(spec: Spec) -> None:
+    inputs, high, heads = spec["in_features"], spec["high_features"], spec["heads"]
+    if spec["bits"] not in WEIGHT_BITS or spec["high_bits"] not in WEIGHT_BITS:
+        raise ValueError(f"weights of {spec['bits']} and {spec['high_bits']} bits; 2 to 8 are stored")
+    if spec["activation_bits"] not in ACTIVATION_BITS:
+        raise ValueError(f"activations of {spec['activation_bits']} bits; expected 4, 8 or 16")
+    if not 0 <= high < inputs or spec["group_size"] < 0 or not 0 < spec["clip"] <= 1:
+        raise ValueError(f"impossible sizes: {high} of {inputs} columns in the high part, groups of {spec['group_size']}")
+    if heads and (heads < 0 or inputs % heads or high % heads):
+        raise ValueError(f"{inputs} columns, {high} of them high, do not divide into {heads} heads")
+    groups = spec["activation_groups"]
+    if groups < 1 or (inputs - high) % groups or high % groups:
+        raise ValueError(f"{inputs - high} low and {high} high columns do not divide into {groups} activation groups")

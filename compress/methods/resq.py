@@ -1,0 +1,90 @@
+"""ResQ: rotate into principal components, keep the largest few in 8 bits, everything else in 4.
+
+Paper: ResQ, arXiv:2412.14363. Each input is expressed in an orthonormal basis U = [U_l | U_h]: U_h spans the r directions
+of largest second moment, U_l the rest, and inside either a random rotation evens the coordinates out. The r coefficients
+take 8 bits, the others `bits`; the weight's columns get the same widths, so no product mixes precisions. U_A (stream) is
+one basis for the whole model, U_B (heads) one per KV head; both are folded into the weights (`compress.rotation`). The
+input of down_proj gets a Hadamard transform instead, in its storage layer. The KV cache's part is `compress.cache`.
+
+Where we differ: tied embeddings stay tied and are not damaged during calibration (the released basis script scales them by
+the final norm); merges are fp64 with one rounding; GPTQ is polished (`compress.solvers.gptq`); no mean is subtracted from
+the embedding, which is not invariant under RMSNorm.
+Cost: one more pass over the calibration text, one d x d eigendecomposition, one per KV head.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from compress.layers import Spec
+from compress.linalg import SecondMoment
+from compress.methods import Site
+from compress.methods._integers import GptqConfig, gptq_flops, gptq_packed, integer_spec
+from compress.rotation import Wanted
+
+
+class Config(GptqConfig):
+    group_size: int = Field(0, ge=0, description="input columns that share a scale; 0: one scale per precision part")
+    high_bits: int = Field(8, ge=2, le=8, description="bits of the weights on the largest directions")
+    high_share: float = Field(0.125, ge=0, le=0.5, description="share of directions in high precision; r is near it")
+    hidden_high_share: float = Field(0.0, ge=0, le=0.5, description="the same for the input of down_proj")
+    stream_basis: Literal["pca", "hadamard", "none"] = Field("pca", description="U_A, of the residual stream")
+    heads_basis: Literal["pca", "hadamard", "none"] = Field("pca", description="U_B, of the values")
+    hadamard: bool = Field(True, description="U_D, the transform of down_proj's input")
+    weight_share: float = Field(0.0, ge=0, le=1, description="share of the weights' own moments in what picks directions")
+    seed: int = Field(0, ge=0, description="the random rotations inside the parts")
+
+
+def high_channels(width: int, share: float) -> int:
+    """r near `share` of a width: a multiple of 64, of 32 in narrow layers, of 8 in the tiny ones of tests."""
+    unit = 64 if width >= 512 else 32 if width >= 256 else 8
+    return max(unit, round(share * width / unit) * unit) if share else 0
+
+
+def high_per_head(head_dim: int, share: float) -> int:
+    """r of one head, a multiple of 8 where heads are wide enough to leave a choice."""
+    unit = 8 if head_dim >= 64 else 2
+    return max(unit, round(share * head_dim / unit) * unit) if share else 0
+
+
+def rotation(config: Config, hidden_size: int, head_dim: int) -> Wanted:
+    """What `compress.bases` is asked to gather and fold."""
+    return Wanted(
+        stream=config.stream_basis,
+        stream_high=high_channels(hidden_size, config.high_share),
+        heads=config.heads_basis,
+        heads_high=high_per_head(head_dim, config.high_share),
+        weight_share=config.weight_share,
+        seed=config.seed,
+    )
+
+
+def plan(site: Site, config: Config) -> Spec:
+    """Two precisions where there is a basis to order the columns by, one elsewhere.
+
+    Raises:
+        ValueError: a site too narrow for its high part.
+    """
+    high, hadamard = 0, False
+    if site.inputs == "stream" and config.stream_basis == "pca":
+        high = high_channels(site.in_features, config.high_share)
+    elif site.inputs == "heads" and config.heads_basis == "pca":
+        high = site.heads * high_per_head(site.in_features // site.heads, config.high_share)
+    elif site.inputs == "hidden":
+        high, hadamard = high_channels(site.in_features, config.hidden_high_share), config.hadamard
+    if high >= site.in_features:
+        raise ValueError(f"{high} high-precision channels of {site.in_features}; lower weights.high_share")
+    return integer_spec(site, config, high_features=high, high_bits=config.high_bits, hadamard=hadamard)
+
+
+def compress(weight_NI: Tensor, inputs: SecondMoment, spec: Spec, config: Config) -> dict[str, Tensor]:
+    """Packed tensors of the (already rotated) weight; see `compress.methods`."""
+    return gptq_packed(weight_NI, inputs, spec, config)
+
+
+def flops(in_features: int, out_features: int, spec: Spec, config: Config) -> float:
+    """See `gptq_flops`."""
+    return gptq_flops(in_features, out_features, config)

@@ -1,0 +1,58 @@
+"""What is settled before any work: the model opened, the recipe resolved against it, device and dtype chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from compress.errors import CompressError
+from compress.model import Source, build_skeleton, open_source, require_compressible
+from compress.plan import Plan, make_plan
+from compress.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has been checked and could start."""
+
+    source: Source
+    model: nn.Module
+    recipe: Recipe
+    plan: Plan
+    device: torch.device
+    dtype: torch.dtype
+
+
+def prepare(model: str | Path, recipe: Recipe, device: str = "auto") -> Prepared:
+    """Open the model and resolve the recipe against it; reads no weights and writes nothing."""
+    source = open_source(model)
+    require_compressible(source)
+    skeleton = build_skeleton(source.path)
+    chosen = choose_device(device)
+    plan = make_plan(skeleton, source, recipe)
+    stored = source.tensors[f"{plan.jobs[0].name}.weight"].dtype
+    return Prepared(source, skeleton, recipe, plan, chosen, compute_dtype(chosen, stored))
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is the first GPU if there is one; CompressError for a device that torch does not offer here."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise CompressError(f"unknown device {device!r}; use auto, cpu or cuda") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise CompressError("device cuda: torch finds no GPU here; use --device cpu")
+    return chosen
+
+
+def compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """Dtype of the calibration forward passes: as stored where the hardware multiplies it, else fp32."""
+    if device.type == "cuda" or stored not in (torch.bfloat16, torch.float16):
+        return stored if stored != torch.float64 else torch.float32
+    native = stored == torch.bfloat16 and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if native else torch.float32

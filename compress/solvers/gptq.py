@@ -1,0 +1,159 @@
+"""GPTQ: round a weight column by column and let the columns that follow take up each column's error.
+
+Paper: GPTQ, arXiv:2210.17323 (after Optimal Brain Surgeon); the closed form by Cholesky is the paper's section 3.3.
+
+Minimises ||X (W - What)||^2 = sum over rows of e G e^T, G = X^T X. With U the upper Cholesky factor of (G + damping)^{-1}:
+column i, in order, is rounded to its grid; its error divided by U_ii, times row i of U, is subtracted from the columns
+still to come. Errors of `block` columns are gathered before they reach the columns behind the block, so nearly all work
+is matrix products.
+
+Where we differ: the order is by falling diagonal of G *within* the precision parts, always low before high, with scales
+that belong to the stored group whatever the order ("static groups": scales are searched on the original weights); the
+code range and the scale search are `compress.quantizer`'s, weighted by diag(G). Afterwards `sweeps` passes of coordinate
+descent may move any code to the neighbour that lowers the whole error, and `refit` solves each row's scales by least
+squares for the codes found.
+Cost: I^3 for the factorizations, N I^2 for the loop, N I^2 per sweep.
+
+Legend: N rows (output neurons), I columns (input features), G groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.quantizer import SCALE_DTYPE, Group, search_scale
+
+
+def solve(
+    weight_NI: Tensor,
+    gram_II: Tensor,
+    groups: list[Group],
+    *,
+    damping: float = 0.01,
+    block: int = 128,
+    activation_order: bool = True,
+    sweeps: int = 0,
+    refits: int = 0,
+    steps: int = 24,
+    power: float = 2.0,
+) -> tuple[Tensor, Tensor]:
+    """Codes `[N, I]` int8 and scales `[N, G]` (fp32, exact in the storage dtype).
+
+    Args:
+        weight_NI: fp32.
+        gram_II: second moment of the inputs, fp64.
+        groups: cover all columns in order; columns of fewer bits are rounded first.
+        damping: added to the Gram matrix, relative to its mean diagonal.
+        activation_order: round columns with large inputs first, within their precision.
+        sweeps: passes of coordinate descent after the loop.
+        refits: how often the scales are refitted, each followed by the sweeps again.
+        steps, power: of the scale search, see `compress.quantizer.search_scale`.
+    Raises:
+        ValueError: the Gram matrix is not finite, or zero.
+    """
+    diagonal = gram_II.diagonal()
+    if not torch.isfinite(gram_II).all():
+        raise ValueError("the Gram matrix holds NaN or infinite values")
+    if diagonal.mean() <= 0:
+        raise ValueError("the Gram matrix is zero: the layer never saw a non-zero input")
+    damped = gram_II + damping * diagonal.mean() * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
+    importance = damped.diagonal().float()
+    scales = torch.cat(
+        [
+            search_scale(
+                weight_NI[:, g.start : g.stop], g.bits, steps=steps, power=power, importance=importance[g.start : g.stop]
+            )
+            for g in groups
+        ],
+        dim=1,
+    )
+    order = _order(groups, diagonal, activation_order)
+    codes = _round_in_order(weight_NI, damped, groups, scales, order, block)
+    for attempt in range(refits + 1):
+        if attempt:
+            scales = _refit_scales(weight_NI, damped, codes, scales, groups)
+        for _ in range(sweeps):
+            codes = _coordinate_descent(weight_NI, damped, codes, scales, groups, block)
+    return codes.to(torch.int8), scales
+
+
+def _order(groups: list[Group], diagonal: Tensor, by_activation: bool) -> Tensor:
+    """Column order: precision first (low before high), then falling input energy or as stored."""
+    bits = torch.cat([torch.full((g.stop - g.start,), g.bits) for g in groups]).to(diagonal.device)
+    if not by_activation:
+        return bits.argsort(stable=True)
+    falling = diagonal.argsort(descending=True, stable=True)
+    return falling[bits[falling].argsort(stable=True)]
+
+
+def _per_column(groups: list[Group], scales_NG: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale `[I, N]` and the half range 2^(bits-1) `[I]` of every column."""
+    widths = torch.tensor([g.stop - g.start for g in groups], device=scales_NG.device)
+    half = torch.cat([torch.full((g.stop - g.start,), 1 << (g.bits - 1)) for g in groups])
+    return scales_NG.T.repeat_interleave(widths, dim=0), half
+
+
+def _round_in_order(
+    weight_NI: Tensor, damped_II: Tensor, groups: list[Group], scales_NG: Tensor, order: Tensor, block: int
+) -> Tensor:
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped_II[order][:, order]))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()  # the one cast: the loop runs in fp32
+    rest_IN = weight_NI.T[order].contiguous()  # columns as rows: each step reads contiguous memory
+    column_scale, column_half = _per_column(groups, scales_NG)
+    column_scale, half = column_scale[order], column_half[order.cpu()].tolist()
+    inverse_scale = torch.where(column_scale == 0, 0, 1 / column_scale)
+    codes_IN = torch.empty_like(rest_IN)
+    for start in range(0, len(order), block):
+        stop = min(start + block, len(order))
+        errors = torch.empty_like(rest_IN[start:stop])
+        for i in range(start, stop):
+            code = (rest_IN[i] * inverse_scale[i]).round_().clamp_(-half[i], half[i] - 1)
+            error = (rest_IN[i] - code * column_scale[i]) / upper[i, i]
+            rest_IN[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
+            codes_IN[i], errors[i - start] = code, error
+        rest_IN[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    codes = torch.empty_like(codes_IN)
+    codes[order] = codes_IN
+    return codes.T.contiguous()
+
+
+def _coordinate_descent(
+    weight_NI: Tensor, damped_II: Tensor, codes_NI: Tensor, scales_NG: Tensor, groups: list[Group], block: int
+) -> Tensor:
+    """One cyclic pass: every code becomes the best one for all others as they are. The error never rises."""
+    gram = damped_II.float()
+    column_scale, column_half = _per_column(groups, scales_NG)
+    half = column_half.tolist()
+    inverse_scale = torch.where(column_scale == 0, 0, 1 / column_scale)
+    codes_IN = codes_NI.T.contiguous()
+    error_IN = weight_NI.T - codes_IN * column_scale
+    pull_IN = gram @ error_IN  # half the negative gradient
+    for start in range(0, len(gram), block):
+        stop = min(start + block, len(gram))
+        moved = torch.zeros_like(error_IN[start:stop])
+        for i in range(start, stop):
+            wanted = codes_IN[i] + pull_IN[i] * inverse_scale[i] / gram[i, i]
+            code = wanted.round_().clamp_(-half[i], half[i] - 1)
+            change = (code - codes_IN[i]) * column_scale[i]
+            pull_IN[i + 1 : stop].addr_(gram[i + 1 : stop, i], change, alpha=-1)
+            codes_IN[i], moved[i - start] = code, change
+        pull_IN[stop:].addmm_(gram[stop:, start:stop], moved, alpha=-1)
+    return codes_IN.T.contiguous()
+
+
+def _refit_scales(weight_NI: Tensor, damped_II: Tensor, codes_NI: Tensor, scales_NG: Tensor, groups: list[Group]) -> Tensor:
+    """Least-squares scales of every row for fixed codes: a G x G system per row, fp64, damped towards the old scales."""
+    gram = damped_II.double()
+    codes = codes_NI.double()
+    image = weight_NI.double() @ gram
+    right = torch.stack([(codes[:, g.start : g.stop] * image[:, g.start : g.stop]).sum(dim=1) for g in groups], dim=1)
+    normal = codes.new_zeros(len(codes), len(groups), len(groups))
+    for row, a in enumerate(groups):
+        spread = codes[:, a.start : a.stop] @ gram[a.start : a.stop]  # [N, I]
+        for column, b in enumerate(groups):
+            normal[:, row, column] = (spread[:, b.start : b.stop] * codes[:, b.start : b.stop]).sum(dim=1)
+    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None] + torch.finfo(torch.float64).tiny
+    normal.diagonal(dim1=1, dim2=2).add_(ridge)
+    fitted = torch.linalg.solve(normal, right + ridge * scales_NG.double())
+    return fitted.to(SCALE_DTYPE).float()
