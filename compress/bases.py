@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.blockwise import Progress, start_runner
+from compress.cache.attached import CACHE_MODULE
 from compress.calibrate import data
 from compress.calibrate.attention import observed_attention
 from compress.calibrate.statistics import Gram, HeadGrams
@@ -33,11 +35,15 @@ from compress.rotation import (
     Wanted,
     final_norm_spec,
     hadamard_basis,
+    high_per_head,
     norm_readers,
     pca_basis,
     require_rotatable,
 )
 from compress.tensorfile import read_header, write_file
+
+_FILE = "bases.safetensors"
+_CACHE_SEED = 17  # the random rotations inside the parts of the cache's bases
 
 
 @dataclass
@@ -173,19 +179,23 @@ def wanted_rotation(prepared: Prepared) -> Wanted | None:
 
 
 def rotated(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Progress) -> Prepared:
-    """The same run on the rotated model, if its recipe asks for one."""
-    wanted = wanted_rotation(prepared)
-    if wanted is None:
-        return prepared
-    file = staging / "bases.safetensors"
+    """The same run on the rotated model and with the cache's bases, if its recipe asks for them."""
+    wanted, kv = wanted_rotation(prepared), prepared.recipe.kv_cache
+    file = staging / _FILE
     if not file.exists():
-        moments = gather(prepared, tokens, progress) if "pca" in (wanted.stream, wanted.heads) else None
+        by_moments = [kv.basis if kv else "none", *((wanted.stream, wanted.heads) if wanted else ())]
+        moments = gather(prepared, tokens, progress) if "pca" in by_moments else None
         try:
-            bases = rotation_bases(prepared, wanted, moments)
+            bases = rotation_bases(prepared, wanted, moments) if wanted else {}
+            bases.update(cache_bases(prepared, moments, folded="heads.0" in bases))
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise CompressError(f"bases: {error}") from error
         write_file(file, bases)
     stored = {name: tensor.read() for name, tensor in read_header(file).items()}
+    if kv:
+        prepared = replace(prepared, plan=replace(prepared.plan, cache=_saved_cache(prepared, stored)))
+    if wanted is None:
+        return prepared
     heads = {int(name.split(".")[1]): basis for name, basis in stored.items() if name.startswith("heads.")}
     skeleton = build_skeleton(prepared.source.path)
     source = RotatedSource(prepared.source, skeleton, Rotation(stored.get("stream"), heads))
@@ -196,6 +206,53 @@ def rotated(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Pr
             skeleton.set_submodule(norm[0], build(norm[1]))
         plan = replace(plan, others={norm[0]: norm[1]})
     return replace(prepared, source=source, model=skeleton, plan=plan)
+
+
+def cache_bases(prepared: Prepared, moments: Moments | None, *, folded: bool) -> dict[str, Tensor]:
+    """`keys.<block>` and `values.<block>` `[H, D, D]` of the KV cache; no values where v_proj is already in its basis."""
+    kv, model = prepared.recipe.kv_cache, prepared.model
+    if kv is None or kv.basis == "none":
+        return {}
+    width, heads = head_width(model), model.config.get_text_config(decoder=True).num_key_value_heads
+    high, generator = high_per_head(width, kv.high_share), torch.Generator().manual_seed(_CACHE_SEED)
+    bases = {}
+    for index in range(prepared.plan.num_blocks):
+        sides = {"keys": moments and moments.keys, "values": moments and moments.values}
+        for side, of_side in sides.items():
+            if side == "values" and folded:
+                continue
+            bases[f"{side}.{index}"] = (
+                hadamard_basis(width).expand(heads, -1, -1).contiguous()
+                if kv.basis == "hadamard"
+                else torch.stack([pca_basis(moment, high, generator) for moment in of_side[index]])
+            )
+    return bases
+
+
+def _saved_cache(prepared: Prepared, bases: dict[str, Tensor]) -> dict[str, Any]:
+    kv, model = prepared.recipe.kv_cache, prepared.model
+    width = head_width(model)
+    options = kv.options.model_dump()
+    if kv.high_share:
+        options["high_channels"] = high_per_head(width, kv.high_share)
+    layers = {
+        side: [int(name.split(".")[1]) for name in bases if name.startswith(side + ".")] for side in ("keys", "values")
+    }
+    heads = model.config.get_text_config(decoder=True).num_key_value_heads
+    return {"method": kv.method, "options": options, "bases": layers, "heads": heads, "head_dim": width}
+
+
+def write_cache_bases(staging: Path) -> list[Path]:
+    """The cache's bases in fp32 under the names of the module that holds them in a loaded model."""
+    stored = read_header(staging / _FILE)
+    file = staging / "cache-bases.safetensors"
+    tensors = {
+        f"{CACHE_MODULE}.{name}": tensor.read().float()
+        for name, tensor in stored.items()
+        if name.startswith(("keys.", "values."))
+    }
+    write_file(file, tensors)
+    return [file]
 
 
 def write_rotated(source: Source, names: list[str], staging: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.cache.attached import CACHE_MODULE, check_saved, expected_tensors
 from compress.errors import CompressError
 from compress.layers import Spec, all_tensors, build, layer_class
 from compress.model import INDEX, Source, open_source, read_tensor_index
@@ -63,6 +64,8 @@ def assemble(
         "version": FORMAT_VERSION,
         "modules": {job.name: job.spec for job in plan.jobs} | plan.others,
     }
+    if plan.cache:
+        quantization["kv_cache"] = plan.cache
     config = {**source.config, "quantization_config": quantization, "transformers_weights": GUARD}
     for path in source.side_files():
         shutil.copyfile(path, output / path.name)
@@ -115,16 +118,31 @@ def module_specs(config: dict[str, Any]) -> dict[str, Spec]:
     return modules
 
 
-def validate(path: Path, specs: dict[str, Spec]) -> dict[str, StoredTensor]:
+def validate(path: Path, specs: dict[str, Spec], cache: Any = None) -> dict[str, StoredTensor]:
     """Check every tensor's shape and dtype against the specs, and what the tensors hold, before anything is computed.
 
     Raises:
         CompressError: the first thing that does not fit, with file, tensor, what was expected and what came.
     """
     tensors = read_tensor_index(path)
+    for name, (shape, dtype) in (expected_tensors(check_saved(cache)) if cache else {}).items():
+        _require_tensor(path, tensors, name, shape, dtype)
     with torch.device("cpu"):  # from_pretrained calls this while it builds on the meta device
         _validate_modules(path, specs, tensors)
     return tensors
+
+
+def _require_tensor(
+    path: Path, tensors: dict[str, StoredTensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    stored = tensors.get(name)
+    if stored is None:
+        raise CompressError(f"{path} is damaged: tensor {name} is missing")
+    if stored.shape != shape or stored.dtype != dtype:
+        raise CompressError(
+            f"{stored.path} is damaged: {name} is {stored.dtype} {list(stored.shape)}, "
+            f"config.json asks for {dtype} {list(shape)}"
+        )
 
 
 def _validate_modules(path: Path, specs: dict[str, Spec], tensors: dict[str, StoredTensor]) -> None:
@@ -134,14 +152,7 @@ def _validate_modules(path: Path, specs: dict[str, Spec], tensors: dict[str, Sto
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CompressError(f"{path / 'config.json'}: the entry of {name} is damaged: {error}") from error
         for key, (shape, dtype) in expected.items():
-            stored = tensors.get(f"{name}.{key}")
-            if stored is None:
-                raise CompressError(f"{path} is damaged: tensor {name}.{key} is missing")
-            if stored.shape != tuple(shape) or stored.dtype != dtype:
-                raise CompressError(
-                    f"{stored.path} is damaged: {name}.{key} is {stored.dtype} {list(stored.shape)}, "
-                    f"config.json asks for {dtype} {list(shape)}"
-                )
+            _require_tensor(path, tensors, f"{name}.{key}", tuple(shape), dtype)
         cls = layer_class(spec["format"])
         integers = {
             key: tensors[f"{name}.{key}"].read() for key, (_, dtype) in expected.items() if not dtype.is_floating_point
@@ -185,6 +196,8 @@ def export_dense(path: str | Path, output: str | Path, max_shard_bytes: int = 4 
             tensors.update(read_header(file))
         (staging / "whole").mkdir()
         total = write_shards(staging / "whole", tensors, max_shard_bytes)
+        for name in [name for name in tensors if name.startswith(f"{CACHE_MODULE}.")]:
+            del tensors[name]  # a way to keep keys and values, not a part of the function
         dropped = {"quantization_config", "transformers_weights"}
         config = {key: value for key, value in source.config.items() if key not in dropped}
         if untied:

@@ -17,6 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress import checkpoint
+from compress.cache.attached import CACHE_MODULE, CacheBases, CachedGeneration, check_saved
 from compress.errors import CompressError
 from compress.layers import CompressedLinear, Spec, build, layer_class
 
@@ -24,10 +25,18 @@ from compress.layers import CompressedLinear, Spec, build, layer_class
 class CompressQuantizationConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed checkpoint: the spec of every compressed module."""
 
-    def __init__(self, modules: dict[str, Spec] | None = None, version: int = checkpoint.FORMAT_VERSION, **_: Any) -> None:
+    def __init__(
+        self,
+        modules: dict[str, Spec] | None = None,
+        version: int = checkpoint.FORMAT_VERSION,
+        kv_cache: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
         self.quant_method = "compress"
         self.version = version
         self.modules = modules or {}
+        if kv_cache:
+            self.kv_cache = kv_cache
 
 
 class CompressHfQuantizer(HfQuantizer):
@@ -45,7 +54,7 @@ class CompressHfQuantizer(HfQuantizer):
         specs = checkpoint.module_specs({"quantization_config": self.quantization_config.to_dict()})
         files = kwargs.get("checkpoint_files")
         if files:
-            checkpoint.validate(Path(files[0]).parent, specs)
+            checkpoint.validate(Path(files[0]).parent, specs, getattr(self.quantization_config, "kv_cache", None))
         for name, spec in specs.items():
             try:
                 linear = model.get_submodule(name)
@@ -55,10 +64,15 @@ class CompressHfQuantizer(HfQuantizer):
                 raise CompressError(f"config.json: {name} does not fit the model's {linear}")
             with torch.device("meta"):
                 model.set_submodule(name, build(spec))
+        saved = getattr(self.quantization_config, "kv_cache", None)
+        if saved:
+            model.add_module(CACHE_MODULE, CacheBases(check_saved(saved)))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         model.save_pretrained = _GuardedSave(model)
+        if hasattr(model, CACHE_MODULE):
+            model._prepare_cache_for_generation = CachedGeneration(model)
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:

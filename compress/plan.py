@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -36,6 +37,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     by_block: dict[int, list[Job]] = field(default_factory=dict)
     others: dict[str, Spec] = field(default_factory=dict)  # layers of our own that replace no matrix
+    cache: dict[str, Any] | None = None  # what a loaded model makes its KV caches from, see compress.cache.attached
 
     @property
     def dense_bytes(self) -> int:

@@ -22,6 +22,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from compress import methods
+from compress.cache import read_config
+from compress.cache.layer import CacheConfig
 from compress.errors import CompressError
 from compress.suggest import unknown
 
@@ -70,12 +72,37 @@ class Rule(_Strict):
         return {"method": self.method, "targets": list(self.targets), **options}
 
 
+class KvCache(_Strict):
+    """How keys and values are kept during generation; `options` are those of the cache's method."""
+
+    method: str = "per_token"
+    basis: Literal["pca", "hadamard", "none"] = Field("none", description="in which keys (and values) are quantized")
+    high_share: float = Field(0.0, ge=0, le=0.5, description="share of a head's channels in high precision")
+    options: CacheConfig
+
+    def resolved(self) -> dict[str, Any]:
+        """The block as it would be written, every default filled in."""
+        return {"method": self.method, "basis": self.basis, "high_share": self.high_share, **self.options.model_dump()}
+
+
 class Recipe(_Strict):
     """A checked recipe. `weights` is a list of rules; the rule `method: none` leaves its targets as they are."""
 
     model: str | None = None
     calibration: Calibration = Calibration()
     weights: tuple[Rule, ...]
+    kv_cache: KvCache | None = None
+
+    @field_validator("kv_cache", mode="before")
+    @classmethod
+    def _parse_cache(cls, value: Any) -> Any:
+        if value is None or isinstance(value, KvCache):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError("expected a mapping, for example {method: per_token, bits: 4}")
+        own = {key: value[key] for key in ("method", "basis", "high_share") if key in value}
+        options = {key: item for key, item in value.items() if key not in own}
+        return KvCache(**own, options=read_config(own.get("method", "per_token"), options))
 
     @field_validator("weights", mode="before")
     @classmethod
@@ -110,6 +137,7 @@ class Recipe(_Strict):
             "model": self.model,
             "calibration": self.calibration.model_dump(),
             "weights": rules[0] if len(rules) == 1 else rules,
+            **({"kv_cache": self.kv_cache.resolved()} if self.kv_cache else {}),
         }
 
     def digest(self) -> str:

@@ -49,6 +49,18 @@ class Wanted:
     seed: int = 0
 
 
+def high_channels(width: int, share: float) -> int:
+    """r near `share` of a width: a multiple of 64, of 32 in narrow layers, of 8 in the tiny ones of tests."""
+    unit = 64 if width >= 512 else 32 if width >= 256 else 8
+    return max(unit, round(share * width / unit) * unit) if share else 0
+
+
+def high_per_head(head_dim: int, share: float) -> int:
+    """r of one head, a multiple of 8 where heads are wide enough to leave a choice."""
+    unit = 8 if head_dim >= 64 else 2
+    return max(unit, round(share * head_dim / unit) * unit) if share else 0
+
+
 def norm_readers() -> dict[str, tuple[str, ...]]:
     """Each norm of a block and the linears behind it, by their names inside the block."""
     return {norm: tuple(_place(leaf) for leaf in readers) for norm, readers in _NORMS.items()}

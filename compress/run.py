@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from compress import checkpoint
-from compress.bases import rotated, write_rotated
+from compress.bases import rotated, write_cache_bases, write_rotated
 from compress.blockwise import Progress, Silent, compress_blocks
 from compress.calibrate import data
 from compress.errors import CompressError
@@ -90,6 +90,8 @@ def run(
         if isinstance(prepared.source, RotatedSource):
             packed = {f"{job.name}.weight" for job in prepared.plan.jobs}
             blocks += write_rotated(prepared.source, sorted(set(prepared.source.changed()) - packed), staging)
+        if prepared.plan.cache:
+            blocks += write_cache_bases(staging)
         report = checkpoint.assemble(
             prepared.source, prepared.plan, blocks, report, recipe, staging / "whole", max_shard_bytes
         )

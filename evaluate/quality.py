@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.cache.attached import new_cache
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -51,9 +53,14 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 
 def log_probabilities(model: nn.Module, window: Tensor) -> Tensor:
-    """`[length - 1, vocabulary]` fp32 log-probabilities of each next token of one window `[length]`."""
+    """`[length - 1, vocabulary]` fp32 log-probabilities of each next token of one window `[length]`.
+
+    A model with a KV cache of its own reads every key and value through it. Its caches quantize token by token, so one
+    pass sees what decoding would see.
+    """
     device = next(model.parameters()).device
-    logits = model(window[None].to(device), use_cache=False).logits[0, :-1]
+    cache = new_cache(model, exact_prefill=False)  # an exact prompt would look lossless
+    logits = model(window[None].to(device), past_key_values=cache, use_cache=cache is not None).logits[0, :-1]
     return torch.log_softmax(logits.float(), dim=-1)
 
 

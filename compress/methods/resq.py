@@ -23,7 +23,7 @@ from compress.layers import Spec
 from compress.linalg import SecondMoment
 from compress.methods import Site
 from compress.methods._integers import GptqConfig, gptq_flops, gptq_packed, integer_spec
-from compress.rotation import Wanted
+from compress.rotation import Wanted, high_channels, high_per_head
 
 
 class Config(GptqConfig):
@@ -36,18 +36,6 @@ class Config(GptqConfig):
     hadamard: bool = Field(True, description="U_D, the transform of down_proj's input")
     weight_share: float = Field(0.0, ge=0, le=1, description="share of the weights' own moments in what picks directions")
     seed: int = Field(0, ge=0, description="the random rotations inside the parts")
-
-
-def high_channels(width: int, share: float) -> int:
-    """r near `share` of a width: a multiple of 64, of 32 in narrow layers, of 8 in the tiny ones of tests."""
-    unit = 64 if width >= 512 else 32 if width >= 256 else 8
-    return max(unit, round(share * width / unit) * unit) if share else 0
-
-
-def high_per_head(head_dim: int, share: float) -> int:
-    """r of one head, a multiple of 8 where heads are wide enough to leave a choice."""
-    unit = 8 if head_dim >= 64 else 2
-    return max(unit, round(share * head_dim / unit) * unit) if share else 0
 
 
 def rotation(config: Config, hidden_size: int, head_dim: int) -> Wanted:

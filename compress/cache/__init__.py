@@ -1,0 +1,164 @@
+"""Packed, quantized KV caches for any transformers model with ordinary attention, in one argument of `generate`.
+
+    from compress.cache import KVCache
+    model.generate(**inputs, past_key_values=KVCache(model, bits=4, high_channels=8))
+
+The methods are `METHODS`; `compress/cache/<method>.py` holds
+
+    class Config(CacheConfig)                                       its options, each documented
+    class Layer(PackedLayer)                                        Layer(config, key_basis, value_basis)
+
+Full-attention layers become packed layers; sliding-window and chunked layers keep transformers' own, which hold no more
+than their window, and layers that reuse another's cache hold nothing. Layers with another kind of state (linear
+attention, convolutions, latent attention as in DeepSeek, encoder-decoders) are refused: what they store is not keys and
+values. A cache is one conversation: `generate` fills it and goes on from it, `reset` empties it, `deepcopy` forks it.
+
+Bases belong to the model, not to a conversation, so `nbytes` does not count them. They must be kept in fp32: the columns
+of a bf16 basis are orthonormal to 2^-8 only, and the keys would come back with that error.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+
+from compress.cache.layer import CacheConfig, PackedLayer
+from compress.errors import CompressError
+from compress.suggest import unknown
+
+METHODS = ("per_token",)
+_OWN_LAYER = ("sliding_attention", "chunked_attention", "dummy")
+
+Bases = Mapping[int, Tensor] | Sequence[Tensor | None]
+
+
+class KVCache(Cache):
+    """A transformers cache whose full-attention layers are packed.
+
+    Args:
+        model_or_config: the model, or its config.
+        method: one of `METHODS`.
+        bits: 2 to 8 bits per code; 16 keeps the states as they came.
+        key_bases, value_bases: orthonormal bases by layer index, `[head_dim, head_dim]` or
+            `[kv_heads, head_dim, head_dim]`; those of layers that are not packed are not read.
+        offloading: keep layers on the CPU and fetch each one ahead of its turn, as `DynamicCache` does; needs a GPU.
+        options: what the method's `Config` knows, for per_token: key_bits, value_bits, high_bits, high_channels,
+            sink_tokens, exact_prefill, capacity.
+
+    Raises:
+        CompressError: unknown method or option, a value out of range, or a model whose cache is not keys and values.
+    """
+
+    def __init__(
+        self,
+        model_or_config: nn.Module | PreTrainedConfig,
+        method: str = "per_token",
+        bits: int = 4,
+        *,
+        key_bases: Bases | None = None,
+        value_bases: Bases | None = None,
+        offloading: bool = False,
+        **options: Any,
+    ) -> None:
+        self.method = method
+        self.config = read_config(method, {"bits": bits, **options})
+        layer_types, layer_kwargs = _layers_of(getattr(model_or_config, "config", model_or_config))
+        keys, values = (
+            _by_layer(name, bases, len(layer_types))
+            for name, bases in (("key_bases", key_bases), ("value_bases", value_bases))
+        )
+        packed = load(method).Layer
+        layers = [
+            packed(self.config, keys.get(index), values.get(index))
+            if layer_type == "full_attention"
+            else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs)
+            for index, (layer_type, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True))
+        ]
+        super().__init__(layers=layers, offloading=offloading)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Plain data; `KVCache(model, **spec, key_bases=..., value_bases=...)` makes the same cache, empty."""
+        return {"method": self.method, **self.config.model_dump()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use in all layers, those of transformers included."""
+        return sum(_layer_bytes(layer)[0] for layer in self.layers)
+
+    @property
+    def reserved_nbytes(self) -> int:
+        """Bytes that packed layers allocated for tokens to come."""
+        return sum(layer.reserved_nbytes for layer in self.layers if isinstance(layer, PackedLayer))
+
+    @property
+    def bits_per_element(self) -> float:
+        """Measured bits per stored key or value element, over all layers; 0 when empty."""
+        elements = sum(_layer_bytes(layer)[1] for layer in self.layers)
+        return 8 * self.nbytes / elements if elements else 0.0
+
+
+def load(method: str) -> ModuleType:
+    """Import one method; an unknown name is answered with the nearest one."""
+    if method not in METHODS:
+        raise CompressError(unknown("KV cache method", method, METHODS))
+    return importlib.import_module(f"compress.cache.{method}")
+
+
+def read_config(method: str, options: Mapping[str, Any]) -> CacheConfig:
+    """Check a method's options; CompressError names the first wrong one."""
+    cls = load(method).Config
+    try:
+        return cls.model_validate(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise CompressError(unknown(f"option of KV cache method {method}", key, cls.model_fields)) from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise CompressError(f"KV cache: {key}: {message}, got {first['input']!r}") from error
+
+
+def _layers_of(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
+    """The type of every decoder layer and what transformers' own cache layer needs; refuses what cannot be packed."""
+    text = config.get_text_config(decoder=True)
+    name = f"KV cache: {text.model_type}"
+    if config.is_encoder_decoder:
+        raise CompressError(f"{name} is an encoder-decoder; only decoder-only models have a packed cache")
+    if getattr(text, "kv_lora_rank", None) is not None:
+        raise CompressError(f"{name} caches latents of multi-head latent attention (MLA), not keys and values")
+    layer_types, layer_kwargs = get_layer_types_and_kwargs(text)
+    strange = sorted(set(layer_types) - {"full_attention", *_OWN_LAYER})
+    if strange:
+        raise CompressError(f"{name} has layers of type {', '.join(strange)}, whose state is not keys and values per token")
+    if "full_attention" not in layer_types:
+        raise CompressError(f"{name} has sliding-window layers only; their cache is as small as the window already")
+    return layer_types, layer_kwargs
+
+
+def _by_layer(name: str, bases: Bases | None, layers: int) -> dict[int, Tensor | None]:
+    """Bases as a dictionary by layer index."""
+    if bases is None:
+        return {}
+    if isinstance(bases, Mapping):
+        if wrong := [key for key in bases if key not in range(layers)]:
+            raise CompressError(f"{name}: expected layer indices 0 to {layers - 1}, got {wrong[0]!r}")
+        return dict(bases)
+    if len(bases) != layers:
+        raise CompressError(f"{name}: expected one per layer, {layers}, got {len(bases)}")
+    return dict(enumerate(bases))
+
+
+def _layer_bytes(layer: Any) -> tuple[int, int]:
+    """Bytes and elements in use in one layer, packed or transformers' own."""
+    if isinstance(layer, PackedLayer):
+        return layer.nbytes, layer.numel()
+    tensors = [tensor for tensor in (layer.keys, layer.values) if tensor is not None]
+    return sum(tensor.nbytes for tensor in tensors), sum(tensor.numel() for tensor in tensors)

@@ -1,0 +1,91 @@
+"""A KV cache that belongs to a loaded checkpoint: its bases are tensors of the model, and plain `generate` uses it.
+
+    model = AutoModelForCausalLM.from_pretrained(OUT)     # a recipe with a kv_cache block
+    model.generate(**inputs)                              # quantized keys and values, nothing to pass
+    new_cache(model)                                      # the same cache for a forward pass of one's own
+
+config.json holds `quantization_config.kv_cache = {method, options, bases: {keys: [layers], values: [layers]}, heads,
+head_dim}`; the bases lie in the shards as `compress_kv.keys.<layer>`, fp32 `[heads, head_dim, head_dim]`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.cache import KVCache, read_config
+from compress.errors import CompressError
+
+CACHE_MODULE = "compress_kv"
+_SIDES = ("keys", "values")
+
+
+class CacheBases(nn.Module):
+    """Bases by side and layer; kept in fp32 in whatever dtype the model runs."""
+
+    def __init__(self, saved: dict[str, Any]) -> None:
+        super().__init__()
+        self.saved = saved
+        shape = (saved["heads"], saved["head_dim"], saved["head_dim"])
+        for side in _SIDES:
+            buffers = nn.Module()
+            for layer in saved["bases"][side]:
+                buffers.register_buffer(str(layer), torch.empty(shape, dtype=torch.float32))
+            self.add_module(side, buffers)
+
+    def of(self, side: str) -> dict[int, Tensor]:
+        """`{layer: basis}`."""
+        return {int(name): basis for name, basis in self.get_submodule(side).named_buffers()}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CacheBases:
+        """Follow the model to another device, not to another dtype: a bf16 basis is not orthonormal enough."""
+        return super()._apply(lambda tensor: fn(tensor).to(torch.float32) if tensor.is_floating_point() else fn(tensor))
+
+
+def check_saved(saved: Any) -> dict[str, Any]:
+    """The `kv_cache` entry of a config.json; CompressError when it is damaged."""
+    try:
+        read_config(saved["method"], saved["options"])
+        sizes_fit = 0 < saved["heads"] <= 1 << 16 and 0 < saved["head_dim"] <= 1 << 16
+        layers_fit = all(isinstance(layer, int) and layer >= 0 for side in _SIDES for layer in saved["bases"][side])
+    except (KeyError, TypeError) as error:
+        raise CompressError(f"config.json: quantization_config.kv_cache is damaged: {error!r}") from error
+    if not sizes_fit or not layers_fit:
+        raise CompressError("config.json: quantization_config.kv_cache is damaged: impossible sizes")
+    return saved
+
+
+def expected_tensors(saved: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of every basis in the checkpoint."""
+    shape = (saved["heads"], saved["head_dim"], saved["head_dim"])
+    return {f"{CACHE_MODULE}.{side}.{layer}": (shape, torch.float32) for side in _SIDES for layer in saved["bases"][side]}
+
+
+def new_cache(model: nn.Module, **changes: Any) -> KVCache | None:
+    """An empty cache as the checkpoint's recipe has it, or with changed options; None for a model without one."""
+    bases = getattr(model, CACHE_MODULE, None)
+    if not isinstance(bases, CacheBases):
+        return None
+    return KVCache(
+        model,
+        bases.saved["method"],
+        **{**bases.saved["options"], **changes},
+        key_bases=bases.of("keys") or None,
+        value_bases=bases.of("values") or None,
+    )
+
+
+class CachedGeneration:
+    """`_prepare_cache_for_generation` of one model: a fresh cache of its own unless the caller says otherwise."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        asked = generation_config.cache_implementation is not None or generation_config.use_cache is False
+        if not asked and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = new_cache(self.model)
+        prepare = type(self.model)._prepare_cache_for_generation
+        return prepare(self.model, generation_config, model_kwargs, *args, **kwargs)

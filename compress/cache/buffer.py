@@ -1,0 +1,68 @@
+"""Rows that grow: one tensor `[batch, heads, capacity, width]` that is appended to in place and doubled when full.
+
+Every stored thing of every packed layer is such rows: packed codes, scales and minima, states kept exact. A row is a
+token here; it may as well be a group of tokens. Appending n rows writes n rows; what is there is moved only when the
+capacity doubles, so t appends move O(t) rows in all. The price is up to as much unused capacity as is used, which
+`reserved_nbytes` reports and a caller who knows the final length avoids with the first capacity.
+
+The tensor is always a normal one: made under `torch.inference_mode` it could not be written to outside of it, and a chat
+may prefill in one mode and generate in the other. `PackedLayer` leaves inference mode around every call that allocates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SMALLEST = 16  # rows
+
+
+class GrowingRows:
+    """`length` rows of `width` values for every batch row and head."""
+
+    def __init__(
+        self, batch: int, heads: int, width: int, dtype: torch.dtype, device: torch.device, capacity: int = 0
+    ) -> None:
+        self.length = 0
+        self.data = torch.empty(batch, heads, capacity, width, dtype=dtype, device=device)
+
+    def rows(self) -> Tensor:
+        """`[batch, heads, length, width]`, a view."""
+        return self.data[:, :, : self.length]
+
+    def append(self, rows: Tensor) -> None:
+        """Write rows `[batch, heads, new, width]` behind the last one."""
+        end = self.length + rows.shape[2]
+        capacity = self.data.shape[2]
+        if end > capacity:
+            batch, heads, _, width = self.data.shape
+            grown = self.data.new_empty(batch, heads, max(end, 2 * capacity, _SMALLEST), width)
+            grown[:, :, : self.length] = self.rows()
+            self.data = grown
+        self.data[:, :, self.length : end] = rows
+        self.length = end
+
+    def crop(self, length: int) -> None:
+        """Forget every row from `length` on; the capacity stays."""
+        self.length = min(self.length, length)
+
+    def select(self, indices: Tensor) -> None:
+        """Batch rows in the order of `indices`, with repetitions; indices as tensors take them, masks included."""
+        self.data = self.data[indices.to(self.data.device)]
+
+    def repeat(self, repeats: int) -> None:
+        """Every batch row `repeats` times in a row."""
+        self.data = self.data.repeat_interleave(repeats, dim=0)
+
+    def to(self, device: torch.device | str) -> None:
+        self.data = self.data.to(device, non_blocking=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows that are used."""
+        return self.rows().nbytes
+
+    @property
+    def reserved_nbytes(self) -> int:
+        """Bytes allocated beyond them."""
+        return self.data.nbytes - self.rows().nbytes

@@ -1,0 +1,164 @@
+"""What transformers asks of one layer of a cache, written once for every packed layer.
+
+A packed layer is a list of `GrowingRows` plus three functions: append new states, read all of them back, forget the end.
+Everything else of the contract (transformers 5.23, `CacheLayerMixin` and `DynamicLayer`) follows from those: beam search
+and batch changes act on the batch dimension of every buffer, offloading moves every buffer, `crop` cuts tokens.
+
+`update` returns the whole cache, read back: also the tokens of the call itself are seen quantized, so that a prompt in
+one pass, in chunks or token by token meets the same keys and values. `exact_prefill` makes the one exception that most
+published numbers are measured with: the call that fills an empty cache attends to its own exact states.
+
+`keys` and `values` stay None; there are no dense tensors to show. `update` records no gradients. The first update fixes
+batch, heads, head_dim and device; `reset` frees everything.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from compress.cache.buffer import GrowingRows
+
+
+class CacheConfig(BaseModel):
+    """Options that every method has; frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: int = Field(4, description="bits of a code, 2 to 8; 16 keeps the states as they came")
+    exact_prefill: bool = Field(False, description="the call that fills an empty cache attends to its exact states")
+    capacity: int = Field(0, ge=0, description="tokens to allocate at once; buffers double beyond it")
+
+
+class PackedLayer(CacheLayerMixin):
+    """Subclasses define `allocate`, `buffers`, `append`, `read`, `truncate`, `release` and `numel`."""
+
+    is_sliding = False
+    is_croppable = True  # tokens are packed one by one: what is cut leaves no trace
+    is_compileable = False  # buffers grow
+
+    def __init__(self, config: CacheConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.length = 0
+
+    @abstractmethod
+    def allocate(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the buffers for states like these, of which there may be 0 tokens."""
+
+    @abstractmethod
+    def buffers(self) -> list[GrowingRows]:
+        """Everything that is stored; an empty list before `allocate`."""
+
+    @abstractmethod
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Store new tokens `[batch, heads, new, head_dim]`."""
+
+    @abstractmethod
+    def read(self) -> tuple[Tensor, Tensor]:
+        """All keys and values, in the dtypes they came in."""
+
+    @abstractmethod
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Drop the buffers."""
+
+    @abstractmethod
+    def numel(self) -> int:
+        """Values in the keys and values that are stored."""
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.allocate(key_states, value_states)
+        self.is_initialized = True
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.prefetch()
+        fills_empty = self.length == 0
+        self.append(key_states, value_states)
+        self.length += key_states.shape[-2]
+        return (key_states, value_states) if fills_empty and self.config.exact_prefill else self.read()
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; as in `DynamicLayer`, the number is negative or 0."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the tokens to remove as a negative number, got {tokens_to_remove}")
+        if tokens_to_remove and self.is_initialized:
+            self.length = max(0, self.length + tokens_to_remove)
+            self.truncate(self.length)
+
+    def reset(self) -> None:
+        """Free everything; the next update may have another batch size, dtype or device."""
+        self.length = 0
+        self.is_initialized = False
+        self.release()
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for buffer in self.buffers():
+            buffer.select(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for buffer in self.buffers():
+            buffer.repeat(repeats)
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def _move(self, device: torch.device | str) -> None:
+        for buffer in self.buffers():
+            buffer.to(device)
+
+    def offload(self) -> None:
+        """Move the packed bytes, not dense states, to the CPU."""
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._move(self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use: codes, scales, minima, exact states."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    @property
+    def reserved_nbytes(self) -> int:
+        """Bytes allocated for tokens to come."""
+        return sum(buffer.reserved_nbytes for buffer in self.buffers())
+
+    @property
+    def bits_per_element(self) -> float:
+        """Measured bits per stored key or value element, everything in use counted; 0 when empty."""
+        return 8 * self.nbytes / self.numel() if self.numel() else 0.0
+
+    def __repr__(self) -> str:
+        name = type(self).__module__.rpartition(".")[2]
+        return f"{name}(tokens={self.length}, bits_per_element={self.bits_per_element:.2f})"
