@@ -100,11 +100,16 @@ class Layer(CompressedLinear):
         rest = dequantize_part(self.high, self.high_scale, spec["high_bits"], high, spec["group_size"])
         return torch.cat([weight, rest], dim=1)
 
-    def seen_input(self, x: Tensor) -> Tensor:
-        spec = self.spec
+    @classmethod
+    def rounding(cls, spec: Spec) -> tuple:
+        keys = ("activation_bits", "activation_groups", "clip", "high_features", "heads", "hadamard")
+        return tuple(spec[key] for key in keys) if spec["activation_bits"] < 16 else ()
+
+    @classmethod
+    def seen_input(cls, spec: Spec, x: Tensor) -> Tensor:
         if spec["activation_bits"] == 16:
             return x
-        low, high = to_storage(spec, x).split([self.in_features - spec["high_features"], spec["high_features"]], dim=-1)
+        low, high = to_storage(spec, x).split([x.shape[-1] - spec["high_features"], spec["high_features"]], dim=-1)
         bits, groups = spec["activation_bits"], spec["activation_groups"]
         parts = [round_activation(low, bits, groups, spec["clip"] if bits < 8 else 1.0)]
         if spec["high_features"]:
