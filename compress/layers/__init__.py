@@ -65,6 +65,11 @@ class CompressedLinear(nn.Module, ABC):
         return ()
 
     @classmethod
+    def activation_bits(cls, spec: Spec) -> float:
+        """Bits per input value that the arithmetic sees, the scales counted; 16 for formats that leave inputs alone."""
+        return 16.0
+
+    @classmethod
     def seen_input(cls, spec: Spec, x: Tensor) -> Tensor:
         """What the layer's arithmetic makes of its inputs: themselves, unless the format rounds them."""
         return x

@@ -22,6 +22,7 @@ from compress.quantizer import SCALE_DTYPE, Group, groups_of
 
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = (4, 8, 16)
+_ACTIVATION_SCALE_BITS = 24  # a 16-bit scale and a zero of at most 8 bits, per token, part and slice
 
 
 class Layer(CompressedLinear):
@@ -104,6 +105,15 @@ class Layer(CompressedLinear):
     def rounding(cls, spec: Spec) -> tuple:
         keys = ("activation_bits", "activation_groups", "clip", "high_features", "heads", "hadamard")
         return tuple(spec[key] for key in keys) if spec["activation_bits"] < 16 else ()
+
+    @classmethod
+    def activation_bits(cls, spec: Spec) -> float:
+        if spec["activation_bits"] == 16:
+            return 16.0
+        inputs, high = spec["in_features"], spec["high_features"]
+        parts = 2 if high else 1
+        scales = parts * spec["activation_groups"] * _ACTIVATION_SCALE_BITS
+        return ((inputs - high) * spec["activation_bits"] + high * 8 + scales) / inputs
 
     @classmethod
     def seen_input(cls, spec: Spec, x: Tensor) -> Tensor:
