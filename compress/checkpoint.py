@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from compress.cache.attached import CACHE_MODULE, check_saved, expected_tensors
 from compress.errors import CompressError
 from compress.layers import Spec, all_tensors, build, layer_class
-from compress.model import INDEX, Source, open_source, read_tensor_index
 from compress.plan import Plan
 from compress.recipe import Recipe
 from compress.report import Report, megabytes
+from compress.source import INDEX, Source, open_source, read_tensor_index
 from compress.tensorfile import StoredTensor, read_header, write_file, write_whole
 from compress.version import __version__
 

@@ -1,17 +1,11 @@
-"""Everything we know about Hugging Face models: where MODEL lies, what its blocks are, which linears can be compressed.
+"""Everything we know about Hugging Face models: what their blocks are, which linears can be compressed.
 
-A model is opened as a directory of safetensors (`Source`) and a skeleton on the meta device; block by block, tensors are
-read into the skeleton, used and dropped. A GGUF file is first rewritten as such a directory, in the user's cache.
+A model is a `Source` of tensors and a skeleton on the meta device; block by block, tensors are read into the skeleton, used
+and dropped.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,96 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.tensorfile import StoredTensor, read_header
-
-_WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".py"}
-_FINGERPRINT_BYTES = 4096
-
-
-def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/subspace-compress`, as the desktop convention has it; made when missing."""
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspace-compress"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-@dataclass
-class Source:
-    """A checkpoint on disk: its directory, config and where each tensor lies."""
-
-    path: Path
-    config: dict
-    tensors: dict[str, StoredTensor]
-
-    def read(self, name: str) -> Tensor:
-        """One tensor as stored; CompressError when it holds NaN or infinite values."""
-        tensor = self.tensors[name].read()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CompressError(f"weights of {name} hold NaN or infinite values; the model is damaged")
-        return tensor
-
-    def fingerprint(self) -> str:
-        """Hash of the config, every tensor's name, shape and dtype, and its first 4 KB: which model this is, cheaply."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, tensor in sorted(self.tensors.items()):
-            digest.update(f"{name} {tensor.code} {tensor.shape}".encode())
-            with open(tensor.path, "rb") as file:
-                file.seek(tensor.offset)
-                digest.update(file.read(min(tensor.num_bytes, _FINGERPRINT_BYTES)))
-        return digest.hexdigest()
-
-    def side_files(self) -> list[Path]:
-        """Tokenizer, generation config and the like: what is copied to the result unchanged."""
-        skipped = {"config.json", INDEX, "README.md", "report.json", "recipe.yaml"}
-        return [
-            path
-            for path in sorted(self.path.iterdir())
-            if path.is_file() and path.suffix in _COPIED_SUFFIXES and path.name not in skipped
-        ]
-
-
-def open_source(model: str | Path) -> Source:
-    """Resolve a hub id, a local directory or a .gguf file to a readable checkpoint.
-
-    Raises:
-        CompressError: nothing there, not a causal language model, no safetensors, or already compressed or quantized.
-    """
-    path = _resolve(str(model))
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        raise CompressError(f"{path} holds no config.json; expected a Hugging Face model directory")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CompressError(f"{config_file} is not valid JSON") from error
-    return Source(path, config, read_tensor_index(path))
-
-
-def read_tensor_index(path: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of a safetensors directory lies, one file or shards; refuses pickled weights."""
-    if (path / INDEX).is_file():
-        try:
-            weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CompressError(f"{path / INDEX} is damaged; fetch it again") from error
-    elif (path / _WEIGHTS).is_file():
-        weight_map, files = None, [_WEIGHTS]
-    else:
-        pickled = sorted(path.glob("*.bin"))
-        hint = f"; {pickled[0].name} is pickled and never opened: convert it to safetensors first" if pickled else ""
-        raise CompressError(f"{path} holds no {_WEIGHTS}{hint}")
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        if Path(file).name != file or not (path / file).is_file():
-            raise CompressError(f"{path} lacks the shard {file} that its index names; fetch it again")
-        tensors.update(read_header(path / file))
-    missing = sorted(set(weight_map or ()) - set(tensors))
-    if missing:
-        raise CompressError(f"{path}: no shard holds {missing[0]}, which the index names; fetch it again")
-    return tensors
+from compress.source import Source, open_source
 
 
 def require_compressible(source: Source) -> None:
@@ -255,66 +160,3 @@ def _convert(model: nn.Module, source: Source, prefix: str, dtype: torch.dtype) 
     part = {name: source.read(name) for name in source.tensors if name.startswith(prefix)}
     config = LoadStateDictConfig(dtype=dtype, dtype_plan={}, weight_mapping=get_model_conversion_mapping(model))
     convert_and_load_state_dict_in_model(model, part, config)
-
-
-def _resolve(model: str) -> Path:
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return _rewrite_gguf(path)
-        raise CompressError(f"{model} is a file; expected a model directory, a hub id or a .gguf file")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
-        raise CompressError(f"{model} does not exist")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise CompressError(f"{model} is neither a local path nor a model on the Hugging Face hub") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise CompressError(
-            f"{model} is not a local path, and the Hugging Face hub cannot be reached; give a directory or a .gguf file"
-        ) from error
-
-
-def _rewrite_gguf(path: Path) -> Path:
-    """Dequantize a GGUF file to a bf16 safetensors directory in the cache, once per file content."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    target = cache_dir() / "gguf" / digest.hexdigest()[:16]
-    if target.is_dir():
-        return target
-    target.parent.mkdir(exist_ok=True)
-    folder, name = path.parent, path.name
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    except (ValueError, KeyError, OSError) as error:
-        raise CompressError(f"{path}: {' '.join(str(error).split())[:300]}") from error
-    # The loaded model carries a gguf quantization_config that forbids saving: rebuild it from a clean config.
-    config = loaded.config.to_dict()
-    config.pop("quantization_config", None)
-    clean = type(loaded.config).from_dict(config)
-    model = AutoModelForCausalLM.from_config(clean, dtype=torch.bfloat16)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
-    with tempfile.TemporaryDirectory(dir=target.parent) as unfinished:
-        inner = Path(unfinished) / "model"
-        model.save_pretrained(inner)
-        tokenizer.save_pretrained(inner)
-        shutil.move(inner, target)
-    return target

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from compress.errors import CompressError
-from compress.model import Source, build_skeleton, open_source, require_compressible
+from compress.model import build_skeleton, require_compressible
 from compress.plan import Plan, make_plan
 from compress.recipe import Recipe
+from compress.source import Source, open_source
 
 
 @dataclass(frozen=True)
