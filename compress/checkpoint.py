@@ -23,17 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.cache.attached import CACHE_MODULE, check_saved, expected_tensors
+from compress.cache.attached import CACHE_MODULE
 from compress.errors import CompressError
-from compress.layers import Spec, all_tensors, build, layer_class
+from compress.layers import build
+from compress.model import build_skeleton, read_config, readable_errors
 from compress.plan import Plan
 from compress.recipe import Recipe
 from compress.report import Report, megabytes
-from compress.source import INDEX, Source, open_source, read_tensor_index
+from compress.source import INDEX, Source, open_source
 from compress.tensorfile import StoredTensor, read_header, write_file, write_whole
+from compress.verify import FORMAT_VERSION, module_specs, prepare_skeleton
 from compress.version import __version__
 
-FORMAT_VERSION = 1
 GUARD = (
     "this is a compressed checkpoint; run `import compress` (pip install subspace-compress) before from_pretrained, "
     "or make a dense copy with `compress export`"
@@ -103,73 +104,21 @@ def write_json(path: Path, data: Any) -> None:
     write_whole(path, [(json.dumps(data, indent=2) + "\n").encode()])
 
 
-def module_specs(config: dict[str, Any]) -> dict[str, Spec]:
-    """The specs in a config.json; CompressError when it is not that of a compressed checkpoint of this version."""
-    quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") != "compress":
-        raise CompressError("not a compressed checkpoint: config.json has no quantization_config of quant_method compress")
-    if quantization.get("version") != FORMAT_VERSION:
-        raise CompressError(
-            f"checkpoint format {quantization.get('version')!r}, this version reads {FORMAT_VERSION}; update it"
-        )
-    modules = quantization.get("modules")
-    if not isinstance(modules, dict):
-        raise CompressError("config.json: quantization_config.modules is missing")
-    return modules
-
-
-def validate(path: Path, specs: dict[str, Spec], cache: Any = None) -> dict[str, StoredTensor]:
-    """Check every tensor's shape and dtype against the specs, and what the tensors hold, before anything is computed.
+def load(path: str | Path, *, device_map: Any = None, dtype: Any = "auto") -> nn.Module:
+    """A compressed checkpoint as a transformers model in eval mode; other arguments as in `from_pretrained`.
 
     Raises:
-        CompressError: the first thing that does not fit, with file, tensor, what was expected and what came.
+        CompressError: not a compressed checkpoint, incomplete or damaged.
     """
-    tensors = read_tensor_index(path)
-    for name, (shape, dtype) in (expected_tensors(check_saved(cache)) if cache else {}).items():
-        _require_tensor(path, tensors, name, shape, dtype)
-    with torch.device("cpu"):  # from_pretrained calls this while it builds on the meta device
-        _validate_modules(path, specs, tensors)
-    return tensors
-
-
-def _require_tensor(
-    path: Path, tensors: dict[str, StoredTensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    stored = tensors.get(name)
-    if stored is None:
-        raise CompressError(f"{path} is damaged: tensor {name} is missing")
-    if stored.shape != shape or stored.dtype != dtype:
-        raise CompressError(
-            f"{stored.path} is damaged: {name} is {stored.dtype} {list(stored.shape)}, "
-            f"config.json asks for {dtype} {list(shape)}"
-        )
-
-
-def _validate_modules(path: Path, specs: dict[str, Spec], tensors: dict[str, StoredTensor]) -> None:
-    for name, spec in specs.items():
-        try:
-            expected = all_tensors(spec)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CompressError(f"{path / 'config.json'}: the entry of {name} is damaged: {error}") from error
-        for key, (shape, dtype) in expected.items():
-            _require_tensor(path, tensors, f"{name}.{key}", tuple(shape), dtype)
-        cls = layer_class(spec["format"])
-        integers = {
-            key: tensors[f"{name}.{key}"].read() for key, (_, dtype) in expected.items() if not dtype.is_floating_point
-        }
-        try:
-            cls.check(spec, integers)
-        except ValueError as error:
-            raise CompressError(f"{path} is damaged: {name}: {error}") from error
-
-
-def load(path: str | Path, *, device_map: Any = None, dtype: Any = "auto") -> nn.Module:
-    """A compressed checkpoint as a transformers model in eval mode; other arguments as in `from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
     import compress.hf  # noqa: F401  registers the format with transformers
 
-    return AutoModelForCausalLM.from_pretrained(path, device_map=device_map, dtype=dtype)
+    source = open_source(path)
+    module_specs(source.config)
+    read_config(source)
+    with readable_errors(source.path):
+        return AutoModelForCausalLM.from_pretrained(source.path, device_map=device_map, dtype=dtype)
 
 
 def export_dense(path: str | Path, output: str | Path, max_shard_bytes: int = 4 << 30) -> int:
@@ -177,8 +126,10 @@ def export_dense(path: str | Path, output: str | Path, max_shard_bytes: int = 4 
     source, output = open_source(path), Path(output).absolute()
     if output.exists():
         raise CompressError(f"{output} already exists; choose another -o or remove it")
-    specs = module_specs(source.config)
-    tensors = validate(source.path, specs)
+    specs, tensors = module_specs(source.config), dict(source.tensors)
+    read_config(source)
+    cache = source.config["quantization_config"].get("kv_cache")
+    prepare_skeleton(build_skeleton(source.path), source.path, tensors, specs, cache)
     staging = output.with_name(f".{output.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     scratch = staging / "matrices"

@@ -6,19 +6,23 @@ and dropped.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from compress.complete import require_blocks
 from compress.errors import CompressError
 from compress.source import Source, open_source
 
 
 def require_compressible(source: Source) -> None:
     """Refuse what is not a plain causal language model."""
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     quantization = source.config.get("quantization_config")
@@ -28,10 +32,7 @@ def require_compressible(source: Source) -> None:
         raise CompressError(
             f"{source.path} is already quantized ({quantization.get('quant_method')}); start from the original model"
         )
-    try:
-        config = AutoConfig.from_pretrained(source.path)
-    except (ValueError, KeyError, OSError) as error:
-        raise CompressError(f"{source.path}: {' '.join(str(error).split())[:300]}") from error
+    config = read_config(source)
     architectures = source.config.get("architectures") or []
     causal = {cls.__name__ for cls in MODEL_FOR_CAUSAL_LM_MAPPING.values() if isinstance(cls, type)}
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (architectures and not causal & set(architectures)):
@@ -40,15 +41,39 @@ def require_compressible(source: Source) -> None:
         )
 
 
+@contextmanager
+def readable_errors(path: Path) -> Iterator[None]:
+    """What transformers raises while it reads a model is about the model: one line that names it.
+
+    A size of zero in config.json is a ZeroDivisionError deep inside, a negative one a RuntimeError of torch.
+    """
+    try:
+        yield
+    except CompressError:
+        raise
+    except (
+        ValueError, KeyError, OSError, RuntimeError, TypeError, AttributeError, ArithmeticError, SafetensorError,
+        StrictDataclassError,
+    ) as error:  # fmt: skip
+        raise CompressError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def read_config(source: Source) -> Any:
+    """The model's config as transformers has it; CompressError when it cannot be used with these tensors."""
+    from transformers import AutoConfig
+
+    require_blocks(source.config, source.tensors, source.path)
+    with readable_errors(source.path):
+        return AutoConfig.from_pretrained(source.path)
+
+
 def build_skeleton(path: Path) -> nn.Module:
     """The model with its parameters on the meta device and its (rotary) buffers real, in eval mode."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config)
-    return model.eval()
+    with readable_errors(path), init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).eval()
 
 
 def load_for_evaluation(model: str | Path, device: str = "auto") -> tuple[nn.Module, Any]:
@@ -61,14 +86,13 @@ def load_for_evaluation(model: str | Path, device: str = "auto") -> tuple[nn.Mod
     path = open_source(model).path
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with readable_errors(path):
         tokenizer = AutoTokenizer.from_pretrained(path)
         dtype = torch.float32 if device == "cpu" else "auto"
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval(), tokenizer
-    except CompressError:
-        raise
-    except (ValueError, KeyError, OSError) as error:
-        raise CompressError(f"{path}: {' '.join(str(error).split())[:300]}") from error
+        loaded, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        if report["missing_keys"]:
+            raise CompressError(f"{path} is incomplete: {min(report['missing_keys'])} is missing; fetch it again")
+        return loaded.to(device).eval(), tokenizer
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -76,26 +76,45 @@ def open_source(model: str | Path) -> Source:
     return Source(path, config, read_tensor_index(path))
 
 
-def read_tensor_index(path: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of a safetensors directory lies, one file or shards; refuses pickled weights."""
-    if (path / INDEX).is_file():
-        try:
-            weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CompressError(f"{path / INDEX} is damaged; fetch it again") from error
-    elif (path / _WEIGHTS).is_file():
-        weight_map, files = None, [_WEIGHTS]
-    else:
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory that transformers would load: the single file before shards with an index."""
+    if (path / _WEIGHTS).is_file():
+        return [path / _WEIGHTS]
+    if not (path / INDEX).is_file():
         pickled = sorted(path.glob("*.bin"))
         hint = f"; {pickled[0].name} is pickled and never opened: convert it to safetensors first" if pickled else ""
         raise CompressError(f"{path} holds no {_WEIGHTS}{hint}")
-    tensors: dict[str, StoredTensor] = {}
+    files = sorted(set(_weight_map(path).values()))
     for file in files:
         if Path(file).name != file or not (path / file).is_file():
             raise CompressError(f"{path} lacks the shard {file} that its index names; fetch it again")
-        tensors.update(read_header(path / file))
-    missing = sorted(set(weight_map or ()) - set(tensors))
-    if missing:
-        raise CompressError(f"{path}: no shard holds {missing[0]}, which the index names; fetch it again")
+    return [path / file for file in files]
+
+
+def read_tensor_index(path: Path) -> dict[str, StoredTensor]:
+    """Where each tensor of a safetensors directory lies, one file or shards; refuses pickled weights."""
+    files = weight_files(path)
+    tensors = read_headers(files)
+    if files != [path / _WEIGHTS]:
+        missing = sorted(set(_weight_map(path)) - set(tensors))
+        if missing:
+            raise CompressError(f"{path}: no shard holds {missing[0]}, which the index names; fetch it again")
     return tensors
+
+
+def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
+    """The tensors of several files; a name that two of them hold is the later one's, as in transformers."""
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        tensors.update(read_header(file))
+    return tensors
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file, str) for file in weight_map.values()):
+            raise TypeError("a shard's name is text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CompressError(f"{path / INDEX} is damaged; fetch it again") from error
+    return weight_map
