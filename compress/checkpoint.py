@@ -1,4 +1,4 @@
-"""The compressed checkpoint: written from blocks and the original's untouched tensors, checked, loaded, exported.
+"""The compressed checkpoint: written from blocks and the original's untouched tensors, loaded.
 
 A normal Hugging Face directory whose config.json carries
 
@@ -20,19 +20,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compress.cache.attached import CACHE_MODULE
-from compress.errors import CompressError
-from compress.layers import build
-from compress.model import build_skeleton, read_config, readable_errors
+from compress.errors import CompressError, readable_errors
+from compress.model import read_config
 from compress.plan import Plan
 from compress.recipe import Recipe
 from compress.report import Report, megabytes
 from compress.source import INDEX, Source, open_source
 from compress.tensorfile import StoredTensor, read_header, write_file, write_whole
-from compress.verify import FORMAT_VERSION, module_specs, prepare_skeleton
+from compress.verify import FORMAT_VERSION, module_specs
 from compress.version import __version__
 
 GUARD = (
@@ -119,54 +116,6 @@ def load(path: str | Path, *, device_map: Any = None, dtype: Any = "auto") -> nn
     read_config(source)
     with readable_errors(source.path):
         return AutoModelForCausalLM.from_pretrained(source.path, device_map=device_map, dtype=dtype)
-
-
-def export_dense(path: str | Path, output: str | Path, max_shard_bytes: int = 4 << 30) -> int:
-    """Write an ordinary bf16 checkpoint with W = D S multiplied out; returns its bytes. One matrix in memory at a time."""
-    source, output = open_source(path), Path(output).absolute()
-    if output.exists():
-        raise CompressError(f"{output} already exists; choose another -o or remove it")
-    specs, tensors = module_specs(source.config), dict(source.tensors)
-    read_config(source)
-    cache = source.config["quantization_config"].get("kv_cache")
-    prepare_skeleton(build_skeleton(source.path), source.path, tensors, specs, cache)
-    staging = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    scratch = staging / "matrices"
-    try:
-        scratch.mkdir(parents=True)
-        untied = False
-        for number, (name, spec) in enumerate(specs.items()):
-            layer = build({**spec, "bias": False})
-            layer.load_state_dict({key: tensors.pop(f"{name}.{key}").read() for key in layer.state_dict()})
-            dense = {f"{name}.weight": layer.dense_weight().to(torch.bfloat16)}
-            if spec["format"] == "rotated_norm":
-                dense, untied = _untied_head(name, layer.dense_weight(), tensors), True
-            file = scratch / f"{number}.safetensors"
-            write_file(file, dense)
-            tensors.update(read_header(file))
-        (staging / "whole").mkdir()
-        total = write_shards(staging / "whole", tensors, max_shard_bytes)
-        for name in [name for name in tensors if name.startswith(f"{CACHE_MODULE}.")]:
-            del tensors[name]  # a way to keep keys and values, not a part of the function
-        dropped = {"quantization_config", "transformers_weights"}
-        config = {key: value for key, value in source.config.items() if key not in dropped}
-        if untied:
-            config["tie_word_embeddings"] = False
-        write_json(staging / "whole" / "config.json", config)
-        for file in source.side_files():
-            shutil.copyfile(file, staging / "whole" / file.name)
-        (staging / "whole").rename(output)
-        return total
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _untied_head(norm: str, gain_II: Tensor, tensors: dict[str, StoredTensor]) -> dict[str, Tensor]:
-    """A plain model has no place for a matrix behind its final norm: it goes into an output projection of its own."""
-    embedding = tensors[f"{norm.rpartition('.')[0]}.embed_tokens.weight"].read()
-    head = torch.cat([(rows.float() @ gain_II).to(torch.bfloat16) for rows in embedding.split(8192)])
-    return {f"{norm}.weight": torch.ones(len(gain_II), dtype=torch.bfloat16), "lm_head.weight": head}
 
 
 def read_report(path: str | Path) -> Report:

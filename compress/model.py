@@ -6,18 +6,14 @@ and dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from compress.complete import require_blocks
-from compress.errors import CompressError
+from compress.errors import CompressError, readable_errors
 from compress.source import Source, open_source
 
 
@@ -27,11 +23,9 @@ def require_compressible(source: Source) -> None:
 
     quantization = source.config.get("quantization_config")
     if quantization:
-        if quantization.get("quant_method") == "compress":
-            raise CompressError(f"{source.path} is already compressed; start from the original model")
-        raise CompressError(
-            f"{source.path} is already quantized ({quantization.get('quant_method')}); start from the original model"
-        )
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        done = "compressed" if method == "compress" else f"quantized ({method})"
+        raise CompressError(f"{source.path} is already {done}; start from the original model")
     config = read_config(source)
     architectures = source.config.get("architectures") or []
     causal = {cls.__name__ for cls in MODEL_FOR_CAUSAL_LM_MAPPING.values() if isinstance(cls, type)}
@@ -39,23 +33,6 @@ def require_compressible(source: Source) -> None:
         raise CompressError(
             f"{source.path} is not a causal language model ({', '.join(architectures) or config.model_type})"
         )
-
-
-@contextmanager
-def readable_errors(path: Path) -> Iterator[None]:
-    """What transformers raises while it reads a model is about the model: one line that names it.
-
-    A size of zero in config.json is a ZeroDivisionError deep inside, a negative one a RuntimeError of torch.
-    """
-    try:
-        yield
-    except CompressError:
-        raise
-    except (
-        ValueError, KeyError, OSError, RuntimeError, TypeError, AttributeError, ArithmeticError, SafetensorError,
-        StrictDataclassError,
-    ) as error:  # fmt: skip
-        raise CompressError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
 def read_config(source: Source) -> Any:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,11 +70,18 @@ def open_source(model: str | Path) -> Source:
     config_file = path / "config.json"
     if not config_file.is_file():
         raise CompressError(f"{path} holds no config.json; expected a Hugging Face model directory")
+    return Source(path, read_json(config_file), read_tensor_index(path))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; CompressError when the file holds anything else."""
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CompressError(f"{config_file} is not valid JSON") from error
-    return Source(path, config, read_tensor_index(path))
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CompressError(f"{file} is not valid JSON; fetch it again") from error
+    if not isinstance(data, dict):
+        raise CompressError(f"{file} holds a {type(data).__name__}, expected an object; fetch it again")
+    return data
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -111,10 +119,7 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(file, str) for file in weight_map.values()):
-            raise TypeError("a shard's name is text")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CompressError(f"{path / INDEX} is damaged; fetch it again") from error
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CompressError(f"{path / INDEX} is damaged: expected a weight_map of tensors to files; fetch it again")
     return weight_map

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,12 @@ def edit_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Non
     return damage
 
 
+def edit_modules(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    return edit_config(lambda config: change(config["quantization_config"]["modules"]))
+
+
 def edit_spec(**changes: object) -> Callable[[Path], None]:
-    return edit_config(lambda config: config["quantization_config"]["modules"][UP].update(changes))
+    return edit_modules(lambda modules: modules[UP].update(changes))
 
 
 def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
@@ -55,6 +60,42 @@ def write(name: str, content: str | bytes) -> Callable[[Path], None]:
         (path / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
     return damage
+
+
+def edit_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """A damage: `change` is applied to the parsed header of the weight file; what it returns, if anything, replaces it."""
+
+    def damage(path: Path) -> None:
+        raw = (path / "model.safetensors").read_bytes()
+        length = struct.unpack("<Q", raw[:8])[0]
+        header = json.loads(raw[8 : 8 + length])
+        changed = change(header)
+        text = changed if isinstance(changed, bytes) else json.dumps(header if changed is None else changed).encode()
+        (path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+    return damage
+
+
+def edit_entry(**changes: object) -> Callable[[Path], None]:
+    return edit_header(lambda header: header["model.norm.weight"].update(changes))
+
+
+def index_only(content: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        (path / "model.safetensors").rename(path / "shard.safetensors")
+        write("model.safetensors.index.json", content)(path)
+
+    return damage
+
+
+def shift(by: float) -> Callable[[dict[str, Any]], None]:
+    """Move the last tensor's bytes in the header, leaving a gap or an overlap."""
+
+    def change(header: dict[str, Any]) -> None:
+        last = max((entry for name, entry in header.items() if name != "__metadata__"), key=lambda e: e["data_offsets"][1])
+        last["data_offsets"] = [last["data_offsets"][0] + by, last["data_offsets"][1] + by]
+
+    return change
 
 
 def truncate(path: Path) -> None:
@@ -87,13 +128,64 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no modules": (edit_config(lambda c: c["quantization_config"].update(modules={})), "is incomplete"),
     "list of modules": (edit_config(lambda c: c["quantization_config"].update(modules=[])), "modules is missing"),
     "one module lost": (
-        edit_config(lambda c: c["quantization_config"]["modules"].pop(UP)),
+        edit_modules(lambda modules: modules.pop(UP)),
         f"incomplete: {UP}.weight is missing",
     ),
     "one tensor more": (edit_tensors(lambda t: t.update(extra=torch.ones(3))), "extra is in its files.* has no place"),
     "integer norm": (edit_tensor("model.norm.weight", lambda t: t.long()), "a floating point tensor is expected"),
     "norm shape": (edit_tensor("model.norm.weight", lambda t: t[1:]), r"model.norm.weight is \[63\]"),
     "vocabulary": (edit_config(lambda c: c.update(vocab_size=300)), r"asks for \[300, 64\]"),
+    "float size": (edit_spec(num_atoms=40.0), r"num_atoms is 40\.0, expected a whole number"),
+    "true as size": (edit_spec(num_nonzeros=True), "num_nonzeros is True, expected a whole number"),
+    "text as size": (edit_spec(in_features="64"), "in_features is '64', expected a whole number"),
+    "negative size": (edit_spec(out_features=-96), "out_features is -96, expected a whole number"),
+    "null size": (edit_spec(num_atoms=None), "num_atoms is None, expected a whole number"),
+    "huge size": (edit_spec(num_atoms=10**30), "expected a whole number from 0 to"),
+    "unknown key": (edit_spec(scale=1), "scale missing or unknown"),
+    "no such dtype": (edit_spec(bias="nn"), "bias is 'nn', expected false or a floating point dtype"),
+    "integer bias": (edit_spec(bias="int8"), "bias is 'int8', expected false or a floating point dtype"),
+    "true as bias": (edit_spec(bias=True), "bias is True, expected false"),
+    "list as format": (edit_spec(format=["low_rank"]), "unknown storage format"),
+    "no format": (edit_modules(lambda modules: modules[UP].pop("format")), "unknown storage format None"),
+    "number as spec": (edit_modules(lambda modules: modules.update({UP: 5})), "expected a mapping, got 5"),
+    "config list": (write("config.json", "[]"), "config.json holds a list"),
+    "config text": (write("config.json", "hello"), "config.json is not valid JSON"),
+    "config bytes": (write("config.json", b"\xff\xfe"), "config.json is not valid JSON"),
+    "config deep": (write("config.json", "[" * 100_000), "config.json is not valid JSON"),
+    "no config": (lambda path: (path / "config.json").unlink(), "holds no config.json"),
+    "quantization text": (edit_config(lambda c: c.update(quantization_config="x")), "not a compressed checkpoint"),
+    "quantization list": (edit_config(lambda c: c.update(quantization_config=["x"])), "not a compressed checkpoint"),
+    "other version": (edit_config(lambda c: c["quantization_config"].update(version=2)), "checkpoint format 2"),
+    "cache": (edit_config(lambda c: c["quantization_config"].update(kv_cache=[3])), "kv_cache is damaged"),
+    "no heads": (edit_config(lambda c: c.update(num_attention_heads=0)), "cannot be loaded"),
+    "negative width": (edit_config(lambda c: c.update(hidden_size=-5)), "cannot be loaded"),
+    "text as width": (edit_config(lambda c: c.update(hidden_size="wide")), "cannot be loaded"),
+    "unknown model": (edit_config(lambda c: c.update(model_type="llamma")), "cannot be loaded"),
+    "blocks as text": (edit_config(lambda c: c.update(num_hidden_layers="3")), "asks for '3' blocks"),
+    "header list": (edit_header(lambda _: [1, 2]), "header is not valid"),
+    "header deep": (edit_header(lambda _: b"[" * 100_000), "header is not valid"),
+    "header entry": (edit_header(lambda h: h.update({"model.norm.weight": 3})), "header is not valid"),
+    "metadata": (edit_header(lambda h: h.update(__metadata__=5)), "header is not valid"),
+    "shape of null": (edit_entry(shape=[None]), "header is not valid"),
+    "shape of text": (edit_entry(shape="ab"), "header is not valid"),
+    "shape of floats": (edit_entry(shape=[64.0]), "header is not valid"),
+    "negative shape": (edit_entry(shape=[-64]), "header is not valid"),
+    "dtype list": (edit_entry(dtype=["BF16"]), "header is not valid"),
+    "dtype unknown": (edit_entry(dtype="BF17"), "dtype BF17 is not supported"),
+    "offsets of text": (edit_entry(data_offsets="ab"), "header is not valid"),
+    "float offsets": (edit_header(shift(0.0)), "header is not valid"),
+    "gap": (edit_header(shift(2)), "does not begin where the one before it ends"),
+    "overlap": (edit_header(shift(-2)), "does not begin where the one before it ends"),
+    "tensor left out": (
+        edit_header(lambda h: h.__delitem__("model.norm.weight")),
+        "does not begin where|bytes behind the last",
+    ),
+    "more bytes": (lambda path: (path / "model.safetensors").open("ab").write(b"more"), "4 bytes behind the last tensor"),
+    "index empty": (index_only("{}"), "index.json is damaged"),
+    "index list": (index_only("[]"), "index.json holds a list"),
+    "index of numbers": (index_only('{"weight_map": {"model.norm.weight": 3}}'), "index.json is damaged"),
+    "index of nothing": (index_only('{"weight_map": {}}'), "the files hold 0"),
+    "index outside": (index_only('{"weight_map": {"model.norm.weight": "../shard.safetensors"}}'), "lacks the shard"),
 }
 
 

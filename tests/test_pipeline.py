@@ -129,22 +129,6 @@ def test_plain_transformers_fails_loudly(tiny_compressed: Path) -> None:
     assert "import compress" in done.stderr
 
 
-def test_dense_export_is_an_ordinary_checkpoint(tiny_compressed: Path, tmp_path: Path) -> None:
-    compress.export_dense(tiny_compressed, tmp_path / "dense")
-    code = f"""
-import sys, torch
-from transformers import AutoModelForCausalLM as A
-m = A.from_pretrained({str(tmp_path / "dense")!r}, dtype=torch.float32)
-assert "compress" not in sys.modules
-torch.save(m(torch.arange(3, 60)[None]).logits, {str(tmp_path / "logits.pt")!r})
-"""
-    subprocess.run([sys.executable, "-P", "-c", code], check=True)
-    want = logits(compress.load(tiny_compressed))
-    got = torch.load(tmp_path / "logits.pt")
-    assert (got - want).norm() < 0.02 * want.norm()  # weights rounded to bf16
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").model.layers[0].mlp.up_proj) is torch.nn.Linear
-
-
 def test_untied_head_can_be_a_target(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "model", "mistral")
     report = run(source, Recipe.from_dict(tiny_recipe(targets=["*down_proj", "lm_head"])), tmp_path / "out")
