@@ -27,7 +27,7 @@ from compress.calibrate.attention import observed_attention
 from compress.calibrate.statistics import Gram, HeadGrams
 from compress.errors import CompressError
 from compress.layers import build
-from compress.model import Source, build_skeleton, head_width, materialise, release
+from compress.model import build_skeleton, head_width, materialise, release
 from compress.prepare import Prepared
 from compress.rotation import (
     RotatedSource,
@@ -40,6 +40,7 @@ from compress.rotation import (
     pca_basis,
     require_rotatable,
 )
+from compress.source import Source
 from compress.tensorfile import read_header, write_file
 
 _FILE = "bases.safetensors"

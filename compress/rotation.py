@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.kernels.hadamard import hadamard
-from compress.model import Source, decoder_blocks, head_width, is_tied, output_head
+from compress.model import decoder_blocks, head_width, is_tied, output_head
+from compress.source import Source
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")

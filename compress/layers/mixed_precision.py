@@ -11,6 +11,8 @@ Both are orthogonal, so in exact arithmetic they change nothing.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,10 @@ class Layer(CompressedLinear):
     `activation_bits` (16: not rounded), `activation_groups` and `clip`; see the layout."""
 
     format = "mixed_precision"
+    sizes: ClassVar = {
+        "bits": int, "group_size": int, "high_features": int, "high_bits": int, "heads": int, "hadamard": bool,
+        "activation_bits": int, "activation_groups": int, "clip": float,
+    }  # fmt: skip
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
