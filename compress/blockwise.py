@@ -138,20 +138,39 @@ def _compress_jobs(
         started = time.perf_counter()
         gram = grams[job.name]
         if id(gram) not in moments:
-            moments = {id(gram): SecondMoment(gram.mean())}  # one at a time: layers that share inputs follow each other
+            moments = {id(gram): _second_moment(gram)}  # one at a time: layers that share inputs follow each other
+        if not gram.sum_II.any():
+            progress.note(f"{job.name} saw only zeros on the calibration text: its error is that of its weight alone")
         inputs = moments[id(gram)]
         weight = prepared.source.read(f"{job.name}.weight").to(prepared.device, torch.float32)
         try:
             tensors = methods.load(job.rule.method).compress(weight, inputs, job.spec, job.rule.options)
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise CompressError(f"{job.name}: {error}") from error
+        _require_finite(job.name, tensors)
         layer = _filled_layer(job, {f"{job.name}.{key}": value for key, value in tensors.items()}, prepared.device)
         error = methods.relative_output_error(weight, layer.dense_weight(), inputs.gram_II)
+        _require_finite(job.name, {"error": torch.tensor(error)})
         report = ModuleReport.of(job.name, job.rule.method, job.spec, error, time.perf_counter() - started)
         reports.append(report)
         progress.matrix(report)
         packed.update({f"{job.name}.{key}": value.cpu() for key, value in tensors.items()})
     return packed, reports
+
+
+def _second_moment(gram: Gram) -> SecondMoment:
+    """Of the inputs; where all were zero any approximation is exact, and the identity asks for that of the weight alone."""
+    mean = gram.mean()
+    return SecondMoment(mean if mean.any() else torch.eye(len(mean), dtype=mean.dtype, device=mean.device))
+
+
+def _require_finite(name: str, tensors: dict[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CompressError(
+                f"{name}: compressing it gave a NaN or infinite {key}; raise weights.damping, or leave it out with a rule "
+                "`method: none`"
+            )
 
 
 def _filled_layer(job: Job, packed: dict[str, Tensor], device: torch.device) -> CompressedLinear:

@@ -6,6 +6,8 @@ activations has a condition number of 1e6 and more, which fp32 cannot invert. Th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,12 @@ def whitening(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(gram + damping * scale * eye)
     root = values.clamp_min(1e-10 * values[-1]).sqrt()
     return root[:, None] * vectors.T, vectors / root
+
+
+def power_of_two(tensor: Tensor) -> float:
+    """A power of two near the largest absolute entry, 1 for a zero tensor: dividing by it changes no bit of any value."""
+    largest = float(tensor.abs().max())
+    return 2.0 ** math.frexp(largest)[1] if largest else 1.0
 
 
 def polar(matrix_IK: Tensor) -> Tensor:
