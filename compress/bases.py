@@ -156,7 +156,8 @@ def _mixed(moment: Tensor, weights: Callable[[], Tensor], share: float) -> Tenso
     if not share:
         return moment
     other = weights()
-    return (1 - share) * moment / moment.diagonal().sum() + share * other / other.diagonal().sum()
+    tiny = torch.finfo(moment.dtype).tiny  # a part that is all zero has no say
+    return sum(part * m / m.diagonal().sum().clamp_min(tiny) for part, m in ((1 - share, moment), (share, other)))
 
 
 def _reader_gram(prepared: Prepared) -> Tensor:

@@ -138,15 +138,19 @@ def _compress_jobs(
         started = time.perf_counter()
         gram = grams[job.name]
         if id(gram) not in moments:
-            moments = {id(gram): _moment(gram)}  # one at a time: layers that share inputs follow each other
+            moments = {id(gram): _second_moment(gram)}  # one at a time: layers that share inputs follow each other
         inputs = moments[id(gram)]
+        if inputs.unseen:
+            progress.note(f"{job.name} saw only zeros on the calibration text: its error is that of its weight alone")
         weight = prepared.source.read(f"{job.name}.weight").to(prepared.device, torch.float32)
         try:
             tensors = methods.load(job.rule.method).compress(weight, inputs, job.spec, job.rule.options)
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise CompressError(f"{job.name}: {error}") from error
+        _require_finite(job.name, tensors)
         layer = _filled_layer(job, {f"{job.name}.{key}": value for key, value in tensors.items()}, prepared.device)
         error = methods.relative_output_error(weight, layer.dense_weight(), inputs.gram_II)
+        _require_finite(job.name, {"error": torch.tensor(error)})
         report = ModuleReport.of(job.name, job.rule.method, job.spec, error, time.perf_counter() - started)
         reports.append(report)
         progress.matrix(report)
@@ -165,10 +169,23 @@ def _views(jobs: list[Job]) -> dict[str, View]:
     return views
 
 
-def _moment(gram: Gram | SeenGram) -> SecondMoment:
+def _second_moment(gram: Gram | SeenGram) -> SecondMoment:
+    """Of the inputs; where all were zero any approximation is exact, and the identity asks for that of the weight alone."""
+    mean = (gram.plain if isinstance(gram, SeenGram) else gram).mean()
+    if not mean.any():
+        return SecondMoment(torch.eye(len(mean), dtype=mean.dtype, device=mean.device), unseen=True)
     if isinstance(gram, Gram):
-        return SecondMoment(gram.mean())
-    return SecondMoment(gram.plain.mean(), gram.seen.mean(), gram.cross_II / gram.plain.tokens)
+        return SecondMoment(mean)
+    return SecondMoment(mean, gram.seen.mean(), gram.cross_II / gram.plain.tokens)
+
+
+def _require_finite(name: str, tensors: dict[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CompressError(
+                f"{name}: compressing it gave a NaN or infinite {key}; raise weights.damping, or leave it out with a rule "
+                "`method: none`"
+            )
 
 
 def _filled_layer(job: Job, packed: dict[str, Tensor], device: torch.device) -> CompressedLinear:
