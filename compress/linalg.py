@@ -6,6 +6,8 @@ activations has a condition number of 1e6 and more, which fp32 cannot invert. Th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,14 @@ class SecondMoment:
     q, k and v read the same inputs, so do gate and up: each factorization is computed once for all of them.
     """
 
-    def __init__(self, gram_II: Tensor) -> None:
+    def __init__(
+        self, gram_II: Tensor, seen_II: Tensor | None = None, cross_II: Tensor | None = None, *, unseen: bool = False
+    ) -> None:
+        """`seen_II` E[x' x'^T] and `cross_II` E[x x'^T] are there when the layer sees rounded inputs x' in place of x;
+        `unseen` says that no input was ever non-zero and the moment is a stand-in."""
         self.gram_II = gram_II.double()
+        self.unseen = unseen
+        self.seen_II, self.cross_II = seen_II, cross_II
         self._whitenings: dict[float, tuple[Tensor, Tensor]] = {}
 
     def whitening(self, damping: float) -> tuple[Tensor, Tensor]:
@@ -50,6 +58,12 @@ def whitening(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(gram + damping * scale * eye)
     root = values.clamp_min(1e-10 * values[-1]).sqrt()
     return root[:, None] * vectors.T, vectors / root
+
+
+def power_of_two(tensor: Tensor) -> float:
+    """A power of two near the largest absolute entry, 1 for a zero tensor: dividing by it changes no bit of any value."""
+    largest = float(tensor.abs().max())
+    return 2.0 ** math.frexp(largest)[1] if largest else 1.0
 
 
 def polar(matrix_IK: Tensor) -> Tensor:

@@ -44,6 +44,12 @@ def quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (weight * inverse).round_().clamp_(-half, half - 1)
 
 
+def stored_scale(scale: Tensor) -> Tensor:
+    """Scales as they are stored, in fp32; one too small to be inverted is zero."""
+    stored = scale.to(SCALE_DTYPE).float()
+    return torch.where(stored.abs() < torch.finfo(torch.float32).tiny, 0, stored)
+
+
 def search_scale(
     weight_Nn: Tensor, bits: int, *, steps: int = 24, power: float = 2.0, importance: Tensor | None = None
 ) -> Tensor:
@@ -55,13 +61,14 @@ def search_scale(
         importance: weight of each column's error `[n]`.
     """
     half = 1 << (bits - 1)
-    largest = weight_Nn.abs().amax(dim=1, keepdim=True)
-    best_scale = (largest / (half - 1 if half > 1 else 1)).to(SCALE_DTYPE).float()
+    largest = weight_Nn.gather(1, weight_Nn.abs().argmax(dim=1, keepdim=True))  # with its sign
+    unit = torch.where(largest == 0, 0, 1 / largest.abs())  # errors relative to it: their powers neither vanish nor overflow
+    best_scale = torch.zeros_like(largest)
     best_error = torch.full_like(largest, torch.inf)
     for shrink in torch.linspace(1, _SMALLEST_SHRINK if steps > 1 else 1, steps).tolist():
-        for full in (half - 0.5, 0.5 - half):
-            scale = (largest * (shrink / full)).to(SCALE_DTYPE).float()
-            error = (weight_Nn - quantize(weight_Nn, scale, bits) * scale).abs_()
+        for full in (-half, half - 1):  # the code of the largest weight: on the longer or on the shorter side
+            scale = stored_scale(largest * (shrink / full))
+            error = ((weight_Nn - quantize(weight_Nn, scale, bits) * scale) * unit).abs_()
             error = error.square_() if power == 2 else error.pow_(power)
             if importance is not None:
                 error *= importance

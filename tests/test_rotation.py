@@ -52,7 +52,8 @@ def test_rotation_keeps_the_function(family: str, tied: bool, tmp_path: Path) ->
     heads = {
         index: torch.stack([random_orthogonal(32, generator) for _ in range(2)]) for index in (0, 2)
     }  # block 1 keeps its heads
-    rotated = RotatedSource(source, model, Rotation(random_orthogonal(64, generator), heads))
+    order = {1: torch.randperm(96, generator=generator)}
+    rotated = RotatedSource(source, model, Rotation(random_orthogonal(64, generator), heads, order))
     norm = final_norm_spec(model, rotated)
     assert (norm is not None) == tied
     if norm:

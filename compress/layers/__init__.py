@@ -66,7 +66,18 @@ class CompressedLinear(nn.Module, ABC):
         shape = (spec["in_features"], spec["out_features"])
         return isinstance(module, nn.Linear) and shape == (module.in_features, module.out_features)
 
-    def seen_input(self, x: Tensor) -> Tensor:
+    @classmethod
+    def rounding(cls, spec: Spec) -> tuple:
+        """What decides how inputs are rounded, as a hashable key; empty when they are not."""
+        return ()
+
+    @classmethod
+    def activation_bits(cls, spec: Spec) -> float:
+        """Bits per input value that the arithmetic sees, the scales counted; 16 for formats that leave inputs alone."""
+        return 16.0
+
+    @classmethod
+    def seen_input(cls, spec: Spec, x: Tensor) -> Tensor:
         """What the layer's arithmetic makes of its inputs: themselves, unless the format rounds them."""
         return x
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from compress.kernels.sparse_dictionary import pack_mask
 from compress.layers import Spec
-from compress.linalg import SecondMoment
+from compress.linalg import SecondMoment, power_of_two
 from compress.methods import MethodConfig, Site, bf16
 from compress.solvers import ksvd, orthogonal
 
@@ -62,7 +62,9 @@ def plan(site: Site, config: Config) -> Spec:
 def compress(weight_NI: Tensor, inputs: SecondMoment, spec: Spec, config: Config) -> dict[str, Tensor]:
     """Packed dictionary, values and mask of the weight; see `compress.methods`."""
     whiten, unwhiten = inputs.whitening(config.damping)
-    target_IN = (whiten @ weight_NI.double().T).float()  # solvers run in fp32
+    target_IN = whiten @ weight_NI.double().T
+    scale = power_of_two(target_IN)
+    target_IN = (target_IN / scale).float()  # solvers run in fp32, where the squares of tiny weights would vanish
     sizes = (spec["num_atoms"], spec["num_nonzeros"])
     if config.solver == "orthogonal":
         factors = orthogonal.solve(target_IN, *sizes, iterations=config.iterations, refits=config.refits)
@@ -77,7 +79,7 @@ def compress(weight_NI: Tensor, inputs: SecondMoment, spec: Spec, config: Config
     dictionary = unwhiten @ factors.dictionary_IK.double()
     norm = dictionary.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
     stored = bf16(dictionary / norm)
-    codes = _refit_to_stored(weight_NI, inputs.gram_II, stored, factors.codes_NK.double() * norm, factors.mask_NK)
+    codes = _refit_to_stored(weight_NI, inputs.gram_II, stored, factors.codes_NK.double() * (scale * norm), factors.mask_NK)
     values = codes[factors.mask_NK].view(len(codes), spec["num_nonzeros"])  # row by row, ascending atoms
     return {"dictionary": stored, "values": bf16(values), "mask": pack_mask(factors.mask_NK)}
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.quantizer import SCALE_DTYPE, Group, search_scale
+from compress.quantizer import Group, search_scale, stored_scale
 
 
 def solve(
@@ -156,4 +156,4 @@ def _refit_scales(weight_NI: Tensor, damped_II: Tensor, codes_NI: Tensor, scales
     ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None] + torch.finfo(torch.float64).tiny
     normal.diagonal(dim1=1, dim2=2).add_(ridge)
     fitted = torch.linalg.solve(normal, right + ridge * scales_NG.double())
-    return fitted.to(SCALE_DTYPE).float()
+    return stored_scale(fitted)

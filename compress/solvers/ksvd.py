@@ -8,9 +8,10 @@ Paper: CoSpaDi, arXiv:2509.22075, section 3.3 and appendix A.3; K-SVD: Aharon, E
    iterations started at the current atom.
 4. Repeat 2 and 3. The published setting is 60 rounds and 8 power iterations.
 
-Where we differ: when K is larger than N the missing start atoms are random normal vectors (the paper does not say);
-atoms that no column uses are left alone, as in the paper. OMP keeps D^T q for its orthonormalised atoms q, which costs
-one product with D^T D per step instead of a growing Cholesky factor per column; same atoms, same coefficients.
+Where we differ: zero columns are not drawn, and when K is larger than what there is to draw the missing start atoms are
+random normal vectors (the paper does not say); atoms that no column uses are left alone, as in the paper. OMP keeps D^T q
+for its orthonormalised atoms q, which costs one product with D^T D per step instead of a growing Cholesky factor per
+column; same atoms, same coefficients.
 Cost per round: N K s^2 / 2 multiplications for OMP, all of them memory-bound; 2 I N s (2 P + 2) for the sweep in K
 dependent steps. That dependence is why it is slow.
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.solvers import SparseFactors
+from compress.solvers import SparseFactors, zero_factors
 
 
 def omp(dictionary_IK: Tensor, target_IN: Tensor, num_nonzeros: int, *, batch: int = 256) -> tuple[Tensor, Tensor]:
@@ -105,11 +106,15 @@ def solve(
     rows, columns = target_IN.shape
     if not num_nonzeros <= min(num_atoms, rows):
         raise ValueError(f"expected nonzeros <= min({num_atoms} atoms, {rows} input features), got {num_nonzeros}")
+    if not target_IN.any():
+        return zero_factors(target_IN, num_atoms, num_nonzeros)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start on every device
-    order = torch.randperm(columns, generator=generator)[:num_atoms].to(target_IN.device)
-    start = target_IN[:, order]
-    if num_atoms > columns:
-        extra = torch.randn(rows, num_atoms - columns, generator=generator)
+    order = torch.randperm(columns, generator=generator).to(target_IN.device)
+    largest = target_IN.abs().amax(dim=0)
+    alive = largest > torch.finfo(target_IN.dtype).eps * largest.max()  # an atom that starts at zero stays there
+    start = target_IN[:, order[alive[order]][:num_atoms]]
+    if num_atoms > start.shape[1]:
+        extra = torch.randn(rows, num_atoms - start.shape[1], generator=generator)
         start = torch.cat([start, extra.to(target_IN)], dim=1)
     dictionary = start / start.norm(dim=0).clamp_min(torch.finfo(start.dtype).tiny)
     for _ in range(iterations):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from compress.linalg import largest_per_row, leading_directions, polar
-from compress.solvers import SparseFactors
+from compress.solvers import SparseFactors, zero_factors
 
 
 def refit_codes(gram_KK: Tensor, cross_NK: Tensor, codes_NK: Tensor, mask_NK: Tensor, steps: int) -> Tensor:
@@ -85,6 +85,8 @@ def solve(
     rows = target_IN.shape[0]
     if not num_nonzeros <= num_atoms <= rows:
         raise ValueError(f"expected nonzeros <= atoms <= {rows} input features, got {num_nonzeros} and {num_atoms}")
+    if not target_IN.any():
+        return zero_factors(target_IN, num_atoms, num_nonzeros)
     dictionary = leading_directions(target_IN, num_atoms)
     target_NI = target_IN.T.contiguous()
 
