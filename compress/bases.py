@@ -27,7 +27,9 @@ from compress.calibrate.attention import observed_attention
 from compress.calibrate.statistics import Gram, HeadGrams
 from compress.errors import CompressError
 from compress.layers import build
+from compress.lineage import Lineage
 from compress.model import build_skeleton, head_width, materialise, release
+from compress.plan import HEAD
 from compress.prepare import Prepared
 from compress.rotation import (
     RotatedSource,
@@ -41,9 +43,9 @@ from compress.rotation import (
     require_rotatable,
 )
 from compress.source import Source
+from compress.staging import BASES, write_bases
 from compress.tensorfile import read_header, write_file
 
-_FILE = "bases.safetensors"
 _CACHE_SEED = 17  # the random rotations inside the parts of the cache's bases
 
 
@@ -196,10 +198,10 @@ def wanted_rotation(prepared: Prepared) -> Wanted | None:
     return asked.pop()
 
 
-def rotated(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Progress) -> Prepared:
+def rotated(prepared: Prepared, tokens: data.Tokens, staging: Path, lineage: Lineage, progress: Progress) -> Prepared:
     """The same run on the rotated model and with the cache's bases, if its recipe asks for them."""
     wanted, kv = wanted_rotation(prepared), prepared.recipe.kv_cache
-    file = staging / _FILE
+    file = staging / BASES
     if not file.exists():
         by_moments = [kv.basis if kv else "none", *((wanted.stream, wanted.heads) if wanted else ())]
         ordered = wanted is not None and wanted.hidden_order
@@ -209,7 +211,7 @@ def rotated(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Pr
             bases.update(cache_bases(prepared, moments, folded="heads.0" in bases))
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise CompressError(f"bases: {error}") from error
-        write_file(file, bases)
+        write_bases(staging, lineage.of(HEAD) if moments else "", bases)
     stored = {name: tensor.read() for name, tensor in read_header(file).items()}
     if kv:
         prepared = replace(prepared, plan=replace(prepared.plan, cache=_saved_cache(prepared, stored)))
@@ -266,7 +268,7 @@ def _saved_cache(prepared: Prepared, bases: dict[str, Tensor]) -> dict[str, Any]
 
 def write_cache_bases(staging: Path) -> list[Path]:
     """The cache's bases in fp32 under the names of the module that holds them in a loaded model."""
-    stored = read_header(staging / _FILE)
+    stored = read_header(staging / BASES)
     file = staging / "cache-bases.safetensors"
     tensors = {
         f"{CACHE_MODULE}.{name}": tensor.read().float()

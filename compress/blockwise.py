@@ -24,11 +24,12 @@ from compress.calibrate.statistics import Gram, SeenGram
 from compress.errors import CompressError
 from compress.layers import CompressedLinear, build, layer_class
 from compress.linalg import SecondMoment
+from compress.lineage import Lineage
 from compress.model import materialise, release
 from compress.plan import HEAD, Job
 from compress.prepare import Prepared
 from compress.report import ModuleReport
-from compress.staging import block_file, read_block, write_block
+from compress.staging import finished_blocks, read_block, write_block
 
 _BATCH_TOKENS = 4096  # tokens fed at once: enough to keep matrix products busy, little enough to be no burden
 
@@ -69,10 +70,13 @@ def start_runner(prepared: Prepared, tokens: data.Tokens) -> BlockRunner:
     return runner
 
 
-def compress_blocks(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Progress) -> list[ModuleReport]:
+def compress_blocks(
+    prepared: Prepared, tokens: data.Tokens, staging: Path, lineage: Lineage, progress: Progress
+) -> list[ModuleReport]:
+    """Do what is left of the plan; the packed tensors go to `staging`, the figures of all matrices are returned."""
     model, plan, source = prepared.model, prepared.plan, prepared.source
     original_inputs = prepared.recipe.calibration.inputs == "original"
-    done = {index for index in [*range(plan.num_blocks), HEAD] if (staging / block_file(index)).exists()}
+    done = finished_blocks(staging, plan)
     progress.start(len(plan.jobs), sum(len(plan.by_block.get(index, ())) for index in done))
     if done:
         progress.note(f"resuming: {len(done)} of {plan.num_blocks} blocks are finished")
@@ -102,18 +106,18 @@ def compress_blocks(prepared: Prepared, tokens: data.Tokens, staging: Path, prog
             with nullcontext() if original_inputs else _installed(model, jobs, packed, prepared):
                 runner.run(index, keep=True)
         if jobs and index not in done:
-            write_block(staging, index, packed, reports)
+            write_block(staging, index, lineage.of(index), packed, reports)
         modules += reports
         release(model, prefix)
         del packed
         gc.collect()
     if HEAD in plan.by_block:
-        modules += _compress_head(prepared, runner, staging, HEAD in done, progress)
+        modules += _compress_head(prepared, runner, staging, lineage, HEAD in done, progress)
     return modules
 
 
 def _compress_head(
-    prepared: Prepared, runner: BlockRunner, staging: Path, done: bool, progress: Progress
+    prepared: Prepared, runner: BlockRunner, staging: Path, lineage: Lineage, done: bool, progress: Progress
 ) -> list[ModuleReport]:
     model, (job,) = prepared.model, prepared.plan.by_block[HEAD]
     if done:
@@ -124,7 +128,7 @@ def _compress_head(
     gram = Gram(job.spec["in_features"], prepared.device)
     runner.run_head(model.get_submodule(job.name), gram.add)
     packed, reports = _compress_jobs(prepared, [job], {job.name: gram}, progress)
-    write_block(staging, HEAD, packed, reports)
+    write_block(staging, HEAD, lineage.of(HEAD), packed, reports)
     return reports
 
 

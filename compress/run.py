@@ -1,14 +1,13 @@
 """The pipeline on one screen: open -> plan -> calibrate and compress block by block -> assemble -> publish.
 
 Work in progress lives beside the output, in `.NAME.partial`: `run.json` says what is being made, `block-*.safetensors`
-hold the packed tensors of finished blocks. Each file appears by a rename, so a run killed at any moment resumes after
-its last finished block: finished blocks are replayed on the calibration inputs, which gives the same hidden states, and
-the rest follows with the same bytes. The output directory appears by one rename at the end.
+hold the packed tensors of finished blocks (`compress.staging`). Each file appears by a rename, so a run killed at any
+moment resumes after its last finished block: finished blocks are replayed on the calibration inputs, which gives the same
+hidden states, and the rest follows with the same bytes. The output directory appears by one rename at the end.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -24,12 +23,12 @@ from compress.bases import rotated, write_cache_bases, write_rotated
 from compress.blockwise import Progress, Silent, compress_blocks
 from compress.calibrate import data
 from compress.errors import CompressError
+from compress.lineage import Lineage, model_identity
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
 from compress.report import Report, peak_memory_bytes
 from compress.rotation import RotatedSource
-from compress.staging import open_staging
-from compress.version import __version__
+from compress.staging import forget_finished, identity_of, locked, open_staging, staging_of
 
 
 def run(
@@ -54,55 +53,53 @@ def run(
     started = time.perf_counter()
     progress = progress or Silent()
     output = Path(output).absolute()
-    staging = output.with_name(f".{output.name}.partial")
-    if output.exists():
-        raise CompressError(f"{output} already exists{_finished_as(output, recipe)}; choose another -o or remove it")
-    if not output.parent.is_dir():
-        raise CompressError(f"{output.parent} does not exist; make it first")
+    staging = staging_of(output)
+    _require_new(output, recipe)
     prepared = prepare(model, recipe, device)
     for note in prepared.plan.notes:
         progress.note(note)
     tokens = _tokens(prepared, texts)
     progress.note(f"calibrating on {tokens.count} tokens ({len(tokens.ids)} sequences) of {tokens.origin}")
-    identity = {
-        "model": prepared.source.fingerprint(),
-        "recipe": recipe.digest(),
-        "calibration tokens": tokens.digest(),
-        "compute dtype": f"{prepared.dtype} on {prepared.device.type}",
-        "version": __version__,
-    }
     _require_space(prepared, output.parent)
-    open_staging(staging, identity)
-    try:
-        prepared = rotated(prepared, tokens, staging, progress)
-        modules = compress_blocks(prepared, tokens, staging, progress)
-        report = Report(
-            modules=modules,
-            model=str(model),
-            calibration={"origin": tokens.origin, "tokens": tokens.count, "sha256": tokens.digest()},
-            versions=checkpoint.versions(),
-            seconds=time.perf_counter() - started,
-            peak_memory_bytes=peak_memory_bytes(prepared.device),
-            recipe=recipe.resolved(),
-            identity=identity,
-        )
-        blocks = sorted(staging.glob("block-*.safetensors"))
-        if isinstance(prepared.source, RotatedSource):
-            packed = {f"{job.name}.weight" for job in prepared.plan.jobs}
-            blocks += write_rotated(prepared.source, sorted(set(prepared.source.changed()) - packed), staging)
-        if prepared.plan.cache:
-            blocks += write_cache_bases(staging)
-        report = checkpoint.assemble(
-            prepared.source, prepared.plan, blocks, report, recipe, staging / "whole", max_shard_bytes
-        )
-        os.rename(staging / "whole", output)
-    except BaseException as error:
-        # Finished blocks are hours of work on a large model: only they are worth keeping, and only to be resumed.
-        if isinstance(error, CompressError) or not any(staging.glob("block-*.safetensors")):
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
-    shutil.rmtree(staging, ignore_errors=True)
+    identity = _identity(prepared, tokens)
+    lineage = Lineage(prepared.source, prepared.plan)
+    with locked(staging):
+        _require_new(output, recipe)  # another process may have finished it since
+        open_staging(staging, identity, prepared.plan, lineage)
+        try:
+            prepared = rotated(prepared, tokens, staging, lineage, progress)
+            modules = compress_blocks(prepared, tokens, staging, lineage, progress)
+            report = Report(
+                modules=modules,
+                model=str(model),
+                calibration={"origin": tokens.origin, "tokens": tokens.count, "sha256": tokens.digest()},
+                versions=checkpoint.versions(),
+                seconds=time.perf_counter() - started,
+                peak_memory_bytes=peak_memory_bytes(prepared.device),
+                recipe=recipe.resolved(),
+                identity=identity,
+            )
+            report = _assemble(prepared, report, staging, max_shard_bytes)
+            os.rename(staging / "whole", output)
+        except BaseException as error:
+            # Finished blocks are hours of work on a large model: only they are worth keeping, and only to be resumed.
+            if isinstance(error, CompressError) or not any(staging.glob("block-*.safetensors")):
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
     return report
+
+
+def _assemble(prepared: Prepared, report: Report, staging: Path, max_shard_bytes: int) -> Report:
+    blocks = sorted(staging.glob("block-*.safetensors"))
+    if isinstance(prepared.source, RotatedSource):
+        packed = {f"{job.name}.weight" for job in prepared.plan.jobs}
+        blocks += write_rotated(prepared.source, sorted(set(prepared.source.changed()) - packed), staging)
+    if prepared.plan.cache:
+        blocks += write_cache_bases(staging)
+    return checkpoint.assemble(
+        prepared.source, prepared.plan, blocks, report, prepared.recipe, staging / "whole", max_shard_bytes
+    )
 
 
 def compress_model(
@@ -162,13 +159,29 @@ def _tokens(prepared: Prepared, texts: Sequence[str] | None) -> data.Tokens:
     )
 
 
-def _finished_as(output: Path, recipe: Recipe) -> str:
-    try:
-        identity = json.loads((output / "report.json").read_text())["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-    same = identity.get("recipe") == recipe.digest()
-    return " and holds a finished run of this recipe" if same else " and holds a finished run of another recipe"
+def _identity(prepared: Prepared, tokens: data.Tokens) -> dict[str, str]:
+    """Everything that decides the bytes of the result; two runs that differ in any of it do not continue each other."""
+    versions = checkpoint.versions()
+    return {
+        "model": model_identity(prepared.source, prepared.plan),
+        "recipe": prepared.recipe.digest(),
+        "calibration tokens": tokens.digest(),
+        "compute dtype": f"{prepared.dtype} on {prepared.device.type}",
+        **{f"{package} version": versions[package] for package in ("compress", "torch", "transformers")},
+    }
+
+
+def _require_new(output: Path, recipe: Recipe) -> None:
+    if not output.exists():
+        if not output.parent.is_dir():
+            raise CompressError(f"{output.parent} does not exist; make it first")
+        return
+    forget_finished(staging_of(output), output)
+    finished = ""
+    digest = identity_of(output).get("recipe")
+    if digest:
+        finished = f" and holds a finished run of {'this' if digest == recipe.digest() else 'another'} recipe"
+    raise CompressError(f"{output} already exists{finished}; choose another -o or remove it")
 
 
 def _require_space(prepared: Prepared, folder: Path) -> None:
