@@ -28,7 +28,7 @@ def synthetic_checkpoint(path: Path, gigabytes: float) -> int:
     from transformers import AutoTokenizer, LlamaConfig
 
     from compress.checkpoint import write_json
-    from compress.model import INDEX
+    from compress.source import INDEX
     from compress.tensorfile import write_file
     from smollm2 import smollm2
 

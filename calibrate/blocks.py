@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.calibrate.statistics import Gram
+from compress.calibrate.statistics import Gram, SeenGram
 from compress.errors import CompressError
 
 Batch = tuple[Tensor, Tensor | None]
+View = tuple[Any, Callable[[Tensor], Tensor]]
 
 
 class _Stop(Exception):
@@ -97,25 +98,35 @@ class BlockRunner:
         finally:
             handle.remove()
 
-    def grams(self, index: int, linears: dict[str, nn.Module], *, keep: bool) -> dict[str, Gram]:
+    def grams(
+        self, index: int, linears: dict[str, nn.Module], *, keep: bool, views: dict[str, View] | None = None
+    ) -> dict[str, Gram | SeenGram]:
         """Gram matrices of the inputs of the named linears of a block; those fed the same tensor share one.
 
+        Args:
+            keep: make the block's outputs the new hidden states.
+            views: for linears that round their inputs, `(key, round)`; they get a `SeenGram`, shared under equal keys.
         Raises:
             CompressError: a linear was never called, or its input is not finite, by name.
         """
         leader: dict[str, str] = {}  # who collects for whom, settled by the first batch
-        grams: dict[str, Gram] = {}
+        views = views or {}
+        grams: dict[str, Gram | SeenGram] = {}
         called: set[str] = set()  # in this batch
-        seen: list[tuple[Tensor, str]] = []  # inputs of this batch and who got them first; holds them alive
+        seen: list[tuple[Tensor, Any, str]] = []  # inputs of this batch, their view, who got them first; holds them alive
 
         def hook(name: str) -> Callable:
             def collect(module: nn.Module, args: tuple) -> None:
                 x = args[0]
+                key, rounded = views.get(name, (None, None))
                 if name not in leader:
-                    leader[name] = next((owner for other, owner in seen if other is x), name)
+                    leader[name] = next((owner for other, view, owner in seen if other is x and view == key), name)
                 if leader[name] == name:
-                    seen.append((x, name))
-                    grams.setdefault(name, Gram(x.shape[-1], x.device)).add(x, self.mask)
+                    seen.append((x, key, name))
+                    if rounded is None:
+                        grams.setdefault(name, Gram(x.shape[-1], x.device)).add(x, self.mask)
+                    else:
+                        grams.setdefault(name, SeenGram(x.shape[-1], x.device)).add(x, rounded(x), self.mask)
                 called.add(name)
                 if not keep and len(called) == len(linears):
                     raise _Stop  # the rest of the block would be computed for nothing
@@ -136,7 +147,8 @@ class BlockRunner:
         for name in linears:
             if name not in leader:
                 raise CompressError(f"{name} is not called by its block: leave it out with a rule `method: none`")
-            if not torch.isfinite(grams[leader[name]].sum_II).all():
+            gram = grams[leader[name]]
+            if not torch.isfinite((gram.plain if isinstance(gram, SeenGram) else gram).sum_II).all():
                 raise CompressError(f"inputs of {name} hold NaN or infinite values")
         return {name: grams[leader[name]] for name in linears}
 

@@ -36,6 +36,30 @@ class HeadGrams:
         return self.sum_HDD / self.tokens
 
 
+class SeenGram:
+    """Moments of inputs x and of what a layer that rounds them sees, x': E[x x^T], E[x' x'^T] and E[x x'^T].
+
+    The weight that makes the most of x' is W E[x x'^T] E[x' x'^T]^{-1}. Memory: three times that of `Gram`.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.plain, self.seen = Gram(width, device), Gram(width, device)
+        self.cross_II = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, seen: Tensor, mask: Tensor | None = None) -> None:
+        """Add inputs `[..., I]` and what is seen of them; `mask` as in `Gram.add`."""
+        self.plain.add(x, mask)
+        self.seen.add(seen, mask)
+        x_TI, seen_TI = _counted(x, mask), _counted(seen, mask)
+        self.cross_II += (x_TI.T @ seen_TI).double()
+
+
+def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The tokens that count, `[T, I]` fp32."""
+    x_TI = x.detach().reshape(-1, x.shape[-1])
+    return (x_TI if mask is None else x_TI[mask.reshape(-1).to(x.device).bool()]).float()
+
+
 class Gram:
     """Sum of x x^T and the number of tokens in it. Memory: I^2 x 8 bytes."""
 
@@ -45,10 +69,7 @@ class Gram:
 
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Add inputs `[..., I]`; `mask` `[...]` is true for the tokens that count, padding is left out."""
-        x_TI = x.detach().reshape(-1, x.shape[-1])
-        if mask is not None:
-            x_TI = x_TI[mask.reshape(-1).to(x.device).bool()]
-        x_TI = x_TI.float()
+        x_TI = _counted(x, mask)
         # The product is symmetric: only the blocks on and above the diagonal are computed.
         for start in range(0, x_TI.shape[1], _BLOCK_COLUMNS):
             rows = slice(start, start + _BLOCK_COLUMNS)

@@ -4,8 +4,9 @@
 """
 
 from compress import hf  # registers the format with transformers
-from compress.checkpoint import export_dense, load
+from compress.checkpoint import load
 from compress.errors import CompressError
+from compress.export import export_dense
 from compress.recipe import Recipe
 from compress.run import compress_model
 from compress.version import __version__

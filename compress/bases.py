@@ -28,7 +28,7 @@ from compress.calibrate.statistics import Gram, HeadGrams
 from compress.errors import CompressError
 from compress.layers import build
 from compress.lineage import Lineage
-from compress.model import Source, build_skeleton, head_width, materialise, release
+from compress.model import build_skeleton, head_width, materialise, release
 from compress.plan import HEAD
 from compress.prepare import Prepared
 from compress.rotation import (
@@ -42,6 +42,7 @@ from compress.rotation import (
     pca_basis,
     require_rotatable,
 )
+from compress.source import Source
 from compress.staging import BASES, write_bases
 from compress.tensorfile import read_header, write_file
 
@@ -56,6 +57,7 @@ class Moments:
     values: dict[int, Tensor]
     keys: dict[int, Tensor]
     queries: dict[int, Tensor]
+    hidden: dict[int, Tensor]  # energy of each inner channel of the MLP
 
 
 def gather(prepared: Prepared, tokens: data.Tokens, progress: Progress) -> Moments:
@@ -67,7 +69,7 @@ def gather(prepared: Prepared, tokens: data.Tokens, progress: Progress) -> Momen
     model, plan = prepared.model, prepared.plan
     runner = start_runner(prepared, tokens)
     stream = Gram(model.config.get_text_config(decoder=True).hidden_size, prepared.device)
-    moments = Moments(stream.sum_II, {}, {}, {})
+    moments = Moments(stream.sum_II, {}, {}, {}, {})
     progress.note(f"gathering second moments of {plan.num_blocks} blocks for the bases")
     for index in range(plan.num_blocks):
         prefix = f"{plan.blocks_name}.{index}."
@@ -88,6 +90,12 @@ def gather(prepared: Prepared, tokens: data.Tokens, progress: Progress) -> Momen
             )
             for norm in norm_readers()
         ]
+        energy: list[Tensor] = []
+        hooks.append(
+            model.get_submodule(f"{prefix}mlp.down_proj").register_forward_pre_hook(
+                lambda module, args, energy=energy: energy.append(_energy(args[0], runner.mask))
+            )
+        )
         try:
             with observed_attention(model, see):
                 runner.run(index, keep=True)
@@ -95,6 +103,7 @@ def gather(prepared: Prepared, tokens: data.Tokens, progress: Progress) -> Momen
             for hook in hooks:
                 hook.remove()
         release(model, prefix)
+        moments.hidden[index] = torch.stack(energy).sum(dim=0)
         for name, grams in states.items():
             getattr(moments, name)[index] = grams.mean()
     moments.stream = stream.mean()
@@ -106,8 +115,14 @@ def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
     return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + norm.variance_epsilon)
 
 
+def _energy(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum of squares of each channel over the tokens that count, fp64."""
+    rows = x.flatten(0, -2) if mask is None else x[mask.to(x.device).bool()]
+    return rows.float().square().sum(dim=0).double()
+
+
 def rotation_bases(prepared: Prepared, wanted: Wanted, moments: Moments | None) -> dict[str, Tensor]:
-    """`stream` `[d, d]` and `heads.<block>` `[H, D, D]`, fp64."""
+    """`stream` `[d, d]` and `heads.<block>` `[H, D, D]` in fp64, `hidden.<block>` a permutation."""
     model, plan = prepared.model, prepared.plan
     config = model.config.get_text_config(decoder=True)
     generator = torch.Generator().manual_seed(wanted.seed)
@@ -117,6 +132,8 @@ def rotation_bases(prepared: Prepared, wanted: Wanted, moments: Moments | None) 
     elif wanted.stream == "pca":
         moment = _mixed(moments.stream, lambda: _reader_gram(prepared), wanted.weight_share)
         bases["stream"] = pca_basis(moment, wanted.stream_high, generator)
+    if wanted.hidden_order:
+        bases.update({f"hidden.{index}": energy.argsort(stable=True) for index, energy in moments.hidden.items()})
     width, heads = head_width(model), config.num_key_value_heads
     for index in range(plan.num_blocks if wanted.heads != "none" else 0):
         if wanted.heads == "hadamard":
@@ -187,7 +204,8 @@ def rotated(prepared: Prepared, tokens: data.Tokens, staging: Path, lineage: Lin
     file = staging / BASES
     if not file.exists():
         by_moments = [kv.basis if kv else "none", *((wanted.stream, wanted.heads) if wanted else ())]
-        moments = gather(prepared, tokens, progress) if "pca" in by_moments else None
+        ordered = wanted is not None and wanted.hidden_order
+        moments = gather(prepared, tokens, progress) if "pca" in by_moments or ordered else None
         try:
             bases = rotation_bases(prepared, wanted, moments) if wanted else {}
             bases.update(cache_bases(prepared, moments, folded="heads.0" in bases))
@@ -199,9 +217,12 @@ def rotated(prepared: Prepared, tokens: data.Tokens, staging: Path, lineage: Lin
         prepared = replace(prepared, plan=replace(prepared.plan, cache=_saved_cache(prepared, stored)))
     if wanted is None:
         return prepared
-    heads = {int(name.split(".")[1]): basis for name, basis in stored.items() if name.startswith("heads.")}
+    by_block = {
+        part: {int(name.split(".")[1]): basis for name, basis in stored.items() if name.startswith(part + ".")}
+        for part in ("heads", "hidden")
+    }
     skeleton = build_skeleton(prepared.source.path)
-    source = RotatedSource(prepared.source, skeleton, Rotation(stored.get("stream"), heads))
+    source = RotatedSource(prepared.source, skeleton, Rotation(stored.get("stream"), **by_block))
     norm = final_norm_spec(skeleton, source)
     plan = prepared.plan
     if norm is not None:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from compress import methods
 from compress.calibrate import data
-from compress.calibrate.blocks import BlockRunner
-from compress.calibrate.statistics import Gram
+from compress.calibrate.blocks import BlockRunner, View
+from compress.calibrate.statistics import Gram, SeenGram
 from compress.errors import CompressError
-from compress.layers import CompressedLinear, build
+from compress.layers import CompressedLinear, build, layer_class
 from compress.linalg import SecondMoment
 from compress.lineage import Lineage
 from compress.model import materialise, release
@@ -97,7 +97,7 @@ def compress_blocks(
         if index in done:
             packed, reports = read_block(staging, index)
         elif jobs:
-            grams = runner.grams(index, linears, keep=original_inputs and propagate)
+            grams = runner.grams(index, linears, keep=original_inputs and propagate, views=_views(jobs))
             packed, reports = _compress_jobs(prepared, jobs, grams, progress)
         else:
             packed, reports = {}, []
@@ -143,9 +143,9 @@ def _compress_jobs(
         gram = grams[job.name]
         if id(gram) not in moments:
             moments = {id(gram): _second_moment(gram)}  # one at a time: layers that share inputs follow each other
-        if not gram.sum_II.any():
-            progress.note(f"{job.name} saw only zeros on the calibration text: its error is that of its weight alone")
         inputs = moments[id(gram)]
+        if inputs.unseen:
+            progress.note(f"{job.name} saw only zeros on the calibration text: its error is that of its weight alone")
         weight = prepared.source.read(f"{job.name}.weight").to(prepared.device, torch.float32)
         try:
             tensors = methods.load(job.rule.method).compress(weight, inputs, job.spec, job.rule.options)
@@ -162,10 +162,25 @@ def _compress_jobs(
     return packed, reports
 
 
-def _second_moment(gram: Gram) -> SecondMoment:
+def _views(jobs: list[Job]) -> dict[str, View]:
+    """How the jobs that want to know it will round their inputs; their specs alone decide."""
+    views = {}
+    for job in jobs:
+        cls = layer_class(job.spec["format"])
+        key = cls.rounding(job.spec)
+        if key and getattr(job.rule.options, "rounded_inputs", False):
+            views[job.name] = (key, partial(cls.seen_input, job.spec))
+    return views
+
+
+def _second_moment(gram: Gram | SeenGram) -> SecondMoment:
     """Of the inputs; where all were zero any approximation is exact, and the identity asks for that of the weight alone."""
-    mean = gram.mean()
-    return SecondMoment(mean if mean.any() else torch.eye(len(mean), dtype=mean.dtype, device=mean.device))
+    mean = (gram.plain if isinstance(gram, SeenGram) else gram).mean()
+    if not mean.any():
+        return SecondMoment(torch.eye(len(mean), dtype=mean.dtype, device=mean.device), unseen=True)
+    if isinstance(gram, Gram):
+        return SecondMoment(mean)
+    return SecondMoment(mean, gram.seen.mean(), gram.cross_II / gram.plain.tokens)
 
 
 def _require_finite(name: str, tensors: dict[str, Tensor]) -> None:
@@ -191,7 +206,8 @@ def _installed(model: nn.Module, jobs: list[Job], packed: dict[str, Tensor], pre
     for job in jobs:
         layer, linear = _filled_layer(job, packed, prepared.device), model.get_submodule(job.name)
         linear.weight = nn.Parameter(layer.dense_weight().to(prepared.dtype), requires_grad=False)
-        handles.append(linear.register_forward_pre_hook(partial(_round_inputs, layer)))
+        if layer.rounding(job.spec):
+            handles.append(linear.register_forward_pre_hook(partial(_round_inputs, layer)))
     try:
         yield
     finally:
@@ -200,4 +216,4 @@ def _installed(model: nn.Module, jobs: list[Job], packed: dict[str, Tensor], pre
 
 
 def _round_inputs(layer: CompressedLinear, module: nn.Module, args: tuple) -> tuple:
-    return (layer.seen_input(args[0]), *args[1:])
+    return (layer.seen_input(layer.spec, args[0]), *args[1:])

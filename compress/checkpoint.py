@@ -1,4 +1,4 @@
-"""The compressed checkpoint: written from blocks and the original's untouched tensors, checked, loaded, exported.
+"""The compressed checkpoint: written from blocks and the original's untouched tensors, loaded.
 
 A normal Hugging Face directory whose config.json carries
 
@@ -20,20 +20,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compress.cache.attached import CACHE_MODULE, check_saved, expected_tensors
-from compress.errors import CompressError
-from compress.layers import Spec, all_tensors, build, layer_class
-from compress.model import INDEX, Source, open_source, read_tensor_index
+from compress.errors import CompressError, readable_errors
+from compress.model import read_config
 from compress.plan import Plan
 from compress.recipe import Recipe
 from compress.report import Report, megabytes
+from compress.source import INDEX, Source, open_source
 from compress.tensorfile import StoredTensor, read_header, write_file, write_whole
+from compress.verify import FORMAT_VERSION, module_specs
 from compress.version import __version__
 
-FORMAT_VERSION = 1
 GUARD = (
     "this is a compressed checkpoint; run `import compress` (pip install subspace-compress) before from_pretrained, "
     "or make a dense copy with `compress export`"
@@ -103,119 +101,21 @@ def write_json(path: Path, data: Any) -> None:
     write_whole(path, [(json.dumps(data, indent=2) + "\n").encode()])
 
 
-def module_specs(config: dict[str, Any]) -> dict[str, Spec]:
-    """The specs in a config.json; CompressError when it is not that of a compressed checkpoint of this version."""
-    quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") != "compress":
-        raise CompressError("not a compressed checkpoint: config.json has no quantization_config of quant_method compress")
-    if quantization.get("version") != FORMAT_VERSION:
-        raise CompressError(
-            f"checkpoint format {quantization.get('version')!r}, this version reads {FORMAT_VERSION}; update it"
-        )
-    modules = quantization.get("modules")
-    if not isinstance(modules, dict):
-        raise CompressError("config.json: quantization_config.modules is missing")
-    return modules
-
-
-def validate(path: Path, specs: dict[str, Spec], cache: Any = None) -> dict[str, StoredTensor]:
-    """Check every tensor's shape and dtype against the specs, and what the tensors hold, before anything is computed.
+def load(path: str | Path, *, device_map: Any = None, dtype: Any = "auto") -> nn.Module:
+    """A compressed checkpoint as a transformers model in eval mode; other arguments as in `from_pretrained`.
 
     Raises:
-        CompressError: the first thing that does not fit, with file, tensor, what was expected and what came.
+        CompressError: not a compressed checkpoint, incomplete or damaged.
     """
-    tensors = read_tensor_index(path)
-    for name, (shape, dtype) in (expected_tensors(check_saved(cache)) if cache else {}).items():
-        _require_tensor(path, tensors, name, shape, dtype)
-    with torch.device("cpu"):  # from_pretrained calls this while it builds on the meta device
-        _validate_modules(path, specs, tensors)
-    return tensors
-
-
-def _require_tensor(
-    path: Path, tensors: dict[str, StoredTensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    stored = tensors.get(name)
-    if stored is None:
-        raise CompressError(f"{path} is damaged: tensor {name} is missing")
-    if stored.shape != shape or stored.dtype != dtype:
-        raise CompressError(
-            f"{stored.path} is damaged: {name} is {stored.dtype} {list(stored.shape)}, "
-            f"config.json asks for {dtype} {list(shape)}"
-        )
-
-
-def _validate_modules(path: Path, specs: dict[str, Spec], tensors: dict[str, StoredTensor]) -> None:
-    for name, spec in specs.items():
-        try:
-            expected = all_tensors(spec)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CompressError(f"{path / 'config.json'}: the entry of {name} is damaged: {error}") from error
-        for key, (shape, dtype) in expected.items():
-            _require_tensor(path, tensors, f"{name}.{key}", tuple(shape), dtype)
-        cls = layer_class(spec["format"])
-        integers = {
-            key: tensors[f"{name}.{key}"].read() for key, (_, dtype) in expected.items() if not dtype.is_floating_point
-        }
-        try:
-            cls.check(spec, integers)
-        except ValueError as error:
-            raise CompressError(f"{path} is damaged: {name}: {error}") from error
-
-
-def load(path: str | Path, *, device_map: Any = None, dtype: Any = "auto") -> nn.Module:
-    """A compressed checkpoint as a transformers model in eval mode; other arguments as in `from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
     import compress.hf  # noqa: F401  registers the format with transformers
 
-    return AutoModelForCausalLM.from_pretrained(path, device_map=device_map, dtype=dtype)
-
-
-def export_dense(path: str | Path, output: str | Path, max_shard_bytes: int = 4 << 30) -> int:
-    """Write an ordinary bf16 checkpoint with W = D S multiplied out; returns its bytes. One matrix in memory at a time."""
-    source, output = open_source(path), Path(output).absolute()
-    if output.exists():
-        raise CompressError(f"{output} already exists; choose another -o or remove it")
-    specs = module_specs(source.config)
-    tensors = validate(source.path, specs)
-    staging = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    scratch = staging / "matrices"
-    try:
-        scratch.mkdir(parents=True)
-        untied = False
-        for number, (name, spec) in enumerate(specs.items()):
-            layer = build({**spec, "bias": False})
-            layer.load_state_dict({key: tensors.pop(f"{name}.{key}").read() for key in layer.state_dict()})
-            dense = {f"{name}.weight": layer.dense_weight().to(torch.bfloat16)}
-            if spec["format"] == "rotated_norm":
-                dense, untied = _untied_head(name, layer.dense_weight(), tensors), True
-            file = scratch / f"{number}.safetensors"
-            write_file(file, dense)
-            tensors.update(read_header(file))
-        (staging / "whole").mkdir()
-        total = write_shards(staging / "whole", tensors, max_shard_bytes)
-        for name in [name for name in tensors if name.startswith(f"{CACHE_MODULE}.")]:
-            del tensors[name]  # a way to keep keys and values, not a part of the function
-        dropped = {"quantization_config", "transformers_weights"}
-        config = {key: value for key, value in source.config.items() if key not in dropped}
-        if untied:
-            config["tie_word_embeddings"] = False
-        write_json(staging / "whole" / "config.json", config)
-        for file in source.side_files():
-            shutil.copyfile(file, staging / "whole" / file.name)
-        (staging / "whole").rename(output)
-        return total
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _untied_head(norm: str, gain_II: Tensor, tensors: dict[str, StoredTensor]) -> dict[str, Tensor]:
-    """A plain model has no place for a matrix behind its final norm: it goes into an output projection of its own."""
-    embedding = tensors[f"{norm.rpartition('.')[0]}.embed_tokens.weight"].read()
-    head = torch.cat([(rows.float() @ gain_II).to(torch.bfloat16) for rows in embedding.split(8192)])
-    return {f"{norm}.weight": torch.ones(len(gain_II), dtype=torch.bfloat16), "lm_head.weight": head}
+    source = open_source(path)
+    module_specs(source.config)
+    read_config(source)
+    with readable_errors(source.path):
+        return AutoModelForCausalLM.from_pretrained(source.path, device_map=device_map, dtype=dtype)
 
 
 def read_report(path: str | Path) -> Report:

@@ -185,7 +185,7 @@ def export(
     format: Annotated[str, typer.Option(help="dense: an ordinary bf16 checkpoint for any engine.")] = "dense",
 ) -> None:
     """Write the compressed model in a form that other tools read."""
-    from compress.checkpoint import export_dense
+    from compress.export import export_dense
     from compress.report import megabytes
     from compress.suggest import unknown
 

@@ -17,9 +17,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress import checkpoint
-from compress.cache.attached import CACHE_MODULE, CacheBases, CachedGeneration, check_saved
-from compress.errors import CompressError
-from compress.layers import CompressedLinear, Spec, build, layer_class
+from compress.cache.attached import CACHE_MODULE, CachedGeneration
+from compress.layers import CompressedLinear, Spec
+from compress.source import read_headers
+from compress.verify import FORMAT_VERSION, install, module_specs, prepare_skeleton
 
 
 class CompressQuantizationConfig(QuantizationConfigMixin):
@@ -28,7 +29,7 @@ class CompressQuantizationConfig(QuantizationConfigMixin):
     def __init__(
         self,
         modules: dict[str, Spec] | None = None,
-        version: int = checkpoint.FORMAT_VERSION,
+        version: int = FORMAT_VERSION,
         kv_cache: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
@@ -51,22 +52,13 @@ class CompressHfQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        specs = checkpoint.module_specs({"quantization_config": self.quantization_config.to_dict()})
-        files = kwargs.get("checkpoint_files")
+        specs = module_specs({"quantization_config": self.quantization_config.to_dict()})
+        cache = getattr(self.quantization_config, "kv_cache", None)
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         if files:
-            checkpoint.validate(Path(files[0]).parent, specs, getattr(self.quantization_config, "kv_cache", None))
-        for name, spec in specs.items():
-            try:
-                linear = model.get_submodule(name)
-            except AttributeError as error:
-                raise CompressError(f"config.json names {name}, which this architecture does not have") from error
-            if not layer_class(spec["format"]).stands_for(spec, linear):
-                raise CompressError(f"config.json: {name} does not fit the model's {linear}")
-            with torch.device("meta"):
-                model.set_submodule(name, build(spec))
-        saved = getattr(self.quantization_config, "kv_cache", None)
-        if saved:
-            model.add_module(CACHE_MODULE, CacheBases(check_saved(saved)))
+            prepare_skeleton(model, files[0].parent, read_headers(files), specs, cache)
+        else:  # a state dict in memory
+            install(model, specs, cache)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

@@ -18,8 +18,14 @@ class SecondMoment:
     q, k and v read the same inputs, so do gate and up: each factorization is computed once for all of them.
     """
 
-    def __init__(self, gram_II: Tensor) -> None:
+    def __init__(
+        self, gram_II: Tensor, seen_II: Tensor | None = None, cross_II: Tensor | None = None, *, unseen: bool = False
+    ) -> None:
+        """`seen_II` E[x' x'^T] and `cross_II` E[x x'^T] are there when the layer sees rounded inputs x' in place of x;
+        `unseen` says that no input was ever non-zero and the moment is a stand-in."""
         self.gram_II = gram_II.double()
+        self.unseen = unseen
+        self.seen_II, self.cross_II = seen_II, cross_II
         self._whitenings: dict[float, tuple[Tensor, Tensor]] = {}
 
     def whitening(self, damping: float) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from compress.errors import CompressError
-from compress.model import Source
 from compress.plan import HEAD, Plan
+from compress.source import Source
 from compress.tensorfile import StoredTensor
 
 _CHUNK_BYTES = 16 << 20

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from compress.complete import require_filled
 from compress.errors import CompressError
-from compress.model import Source, build_skeleton, open_source, require_compressible
+from compress.model import build_skeleton, decoder_blocks, require_compressible
 from compress.plan import Plan, make_plan
 from compress.recipe import Recipe
+from compress.source import Source, open_source
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,33 @@ def prepare(model: str | Path, recipe: Recipe, device: str = "auto") -> Prepared
     source = open_source(model)
     require_compressible(source)
     skeleton = build_skeleton(source.path)
+    source, notes = _used(source, skeleton)
     chosen = choose_device(device)
     plan = make_plan(skeleton, source, recipe)
+    plan = replace(plan, notes=plan.notes + notes)
     stored = source.tensors[f"{plan.jobs[0].name}.weight"].dtype
     return Prepared(source, skeleton, recipe, plan, chosen, compute_dtype(chosen, stored))
+
+
+def _used(source: Source, skeleton: nn.Module) -> tuple[Source, tuple[str, ...]]:
+    """The source without tensors that the model has no place for, and a note that says so.
+
+    Raises:
+        CompressError: the model would miss a tensor, or lose one of its blocks.
+    """
+    unused = require_filled(skeleton, source.tensors, source.path)
+    blocks_name, _ = decoder_blocks(skeleton)
+    for name in unused:
+        if name.startswith(f"{blocks_name}.") or name not in source.tensors:
+            raise CompressError(
+                f"{source.path} holds {name}, for which the model of config.json has no place; "
+                "check its num_hidden_layers and architectures, or fetch it again"
+            )
+    if not unused:
+        return source, ()
+    used = {name: tensor for name, tensor in source.tensors.items() if name not in unused}
+    note = f"left out: {len(unused)} tensors that {type(skeleton).__name__} does not have, the first is {unused[0]}"
+    return replace(source, tensors=used), (note,)
 
 
 def choose_device(device: str) -> torch.device:

@@ -61,11 +61,11 @@ def search_scale(
         importance: weight of each column's error `[n]`.
     """
     half = 1 << (bits - 1)
-    largest = weight_Nn.abs().amax(dim=1, keepdim=True)
-    best_scale = stored_scale(largest / (half - 1 if half > 1 else 1))
+    largest = weight_Nn.gather(1, weight_Nn.abs().argmax(dim=1, keepdim=True))  # with its sign
+    best_scale = torch.zeros_like(largest)
     best_error = torch.full_like(largest, torch.inf)
     for shrink in torch.linspace(1, _SMALLEST_SHRINK if steps > 1 else 1, steps).tolist():
-        for full in (half - 0.5, 0.5 - half):
+        for full in (-half, half - 1):  # the code of the largest weight: on the longer or on the shorter side
             scale = stored_scale(largest * (shrink / full))
             error = (weight_Nn - quantize(weight_Nn, scale, bits) * scale).abs_()
             error = error.square_() if power == 2 else error.pow_(power)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from compress.layers import Spec, dense_bytes, packed_bytes
+from compress.layers import Spec, dense_bytes, layer_class, packed_bytes
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class ModuleReport:
     @property
     def bits_per_weight(self) -> float:
         return 16 * self.packed_bytes / self.dense_bytes
+
+    @property
+    def activation_bits(self) -> float:
+        """Bits per input value, scales counted; in averages weighted by the weights that each input meets."""
+        return layer_class(self.spec["format"]).activation_bits(self.spec)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,6 +76,8 @@ class Report:
             "dense_bytes": dense,
             "packed_bytes": packed,
             "measured_ratio": 1 - packed / dense,
+            "bits_per_weight": 16 * packed / dense,
+            "bits_per_activation": sum(m.dense_bytes * m.activation_bits for m in self.modules) / dense,
             "mean_error": sum(module.error for module in self.modules) / len(self.modules),
             "worst_error": self.worst.error,
             "worst_module": self.worst.name,
@@ -87,6 +94,8 @@ class Report:
 
         size("compressed matrices (before: bf16)", totals["dense_bytes"], totals["packed_bytes"])
         size("whole checkpoint", self.dense_checkpoint_bytes, self.checkpoint_bytes)
+        bits = f"{totals['bits_per_weight']:.2f} weights, {totals['bits_per_activation']:.2f} activations"
+        table.add_row("bits, scales counted", "16", bits, "")
         table.add_row("mean output error", "", f"{totals['mean_error']:.4f}", "")
         table.add_row("worst output error", "", f"{totals['worst_error']:.4f}", self.worst.name)
         table.add_row("calibration tokens", "", f"{self.calibration['tokens']}", "")

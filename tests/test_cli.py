@@ -81,9 +81,9 @@ def not_causal(path: Path) -> None:
 
 
 def huge(path: Path) -> None:
-    """A checkpoint that no disk here can hold twice: 8 TB in a sparse file."""
+    """A checkpoint that no disk here can hold twice: 8 TB in a sparse file, under a name from old checkpoints."""
     end = 1 << 43
-    header = {"filler": {"dtype": "U8", "shape": [end], "data_offsets": [0, end]}}
+    header = {"model.rotary_emb.inv_freq": {"dtype": "U8", "shape": [end], "data_offsets": [0, end]}}
     for name, tensor in load_file(path / "model.safetensors").items():
         start, end = end, end + tensor.numel() * 4
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}

@@ -68,7 +68,7 @@ class KVCache(Cache):
         **options: Any,
     ) -> None:
         self.method = method
-        self.config = read_config(method, {"bits": bits, **options})
+        self.options = read_config(method, {"bits": bits, **options})
         layer_types, layer_kwargs = _layers_of(getattr(model_or_config, "config", model_or_config))
         keys, values = (
             _by_layer(name, bases, len(layer_types))
@@ -76,7 +76,7 @@ class KVCache(Cache):
         )
         packed = load(method).Layer
         layers = [
-            packed(self.config, keys.get(index), values.get(index))
+            packed(self.options, keys.get(index), values.get(index))
             if layer_type == "full_attention"
             else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs)
             for index, (layer_type, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True))
@@ -86,7 +86,7 @@ class KVCache(Cache):
     @property
     def spec(self) -> dict[str, Any]:
         """Plain data; `KVCache(model, **spec, key_bases=..., value_bases=...)` makes the same cache, empty."""
-        return {"method": self.method, **self.config.model_dump()}
+        return {"method": self.method, **self.options.model_dump()}
 
     @property
     def nbytes(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compress.cache import KVCache, read_config
 from compress.errors import CompressError
+from compress.layers import keeping_dtype
 
 CACHE_MODULE = "compress_kv"
 _SIDES = ("keys", "values")
@@ -41,16 +42,18 @@ class CacheBases(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> CacheBases:
         """Follow the model to another device, not to another dtype: a bf16 basis is not orthonormal enough."""
-        return super()._apply(lambda tensor: fn(tensor).to(torch.float32) if tensor.is_floating_point() else fn(tensor))
+        return super()._apply(keeping_dtype(fn), recurse)
 
 
 def check_saved(saved: Any) -> dict[str, Any]:
     """The `kv_cache` entry of a config.json; CompressError when it is damaged."""
     try:
         read_config(saved["method"], saved["options"])
-        sizes_fit = 0 < saved["heads"] <= 1 << 16 and 0 < saved["head_dim"] <= 1 << 16
-        layers_fit = all(isinstance(layer, int) and layer >= 0 for side in _SIDES for layer in saved["bases"][side])
-    except (KeyError, TypeError) as error:
+        sizes_fit = all(type(saved[key]) is int and 0 < saved[key] <= 1 << 16 for key in ("heads", "head_dim"))
+        layers_fit = all(type(layer) is int and layer >= 0 for side in _SIDES for layer in saved["bases"][side])
+    except CompressError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CompressError(f"config.json: quantization_config.kv_cache is damaged: {error!r}") from error
     if not sizes_fit or not layers_fit:
         raise CompressError("config.json: quantization_config.kv_cache is damaged: impossible sizes")

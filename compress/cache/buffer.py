@@ -30,17 +30,19 @@ class GrowingRows:
         """`[batch, heads, length, width]`, a view."""
         return self.data[:, :, : self.length]
 
-    def append(self, rows: Tensor) -> None:
-        """Write rows `[batch, heads, new, width]` behind the last one."""
-        end = self.length + rows.shape[2]
-        capacity = self.data.shape[2]
-        if end > capacity:
-            batch, heads, _, width = self.data.shape
-            grown = self.data.new_empty(batch, heads, max(end, 2 * capacity, _SMALLEST), width)
+    def reserve(self, new: int) -> None:
+        """Make room for `new` more rows."""
+        batch, heads, capacity, width = self.data.shape
+        if self.length + new > capacity:
+            grown = self.data.new_empty(batch, heads, max(self.length + new, 2 * capacity, _SMALLEST), width)
             grown[:, :, : self.length] = self.rows()
             self.data = grown
-        self.data[:, :, self.length : end] = rows
-        self.length = end
+
+    def append(self, rows: Tensor) -> None:
+        """Write rows `[batch, heads, new, width]` behind the last one."""
+        self.reserve(rows.shape[2])
+        self.data[:, :, self.length : self.length + rows.shape[2]] = rows
+        self.length += rows.shape[2]
 
     def crop(self, length: int) -> None:
         """Forget every row from `length` on; the capacity stays."""

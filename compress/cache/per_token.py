@@ -141,7 +141,11 @@ class Side:
         room = states.shape[2] if self.kept is None else self.kept - self.exact.length
         self.exact.append(states[:, :, :room])
         rest = states[:, :, room:]
-        for chunk in rest.split(_CHUNK, dim=2) if rest.shape[2] else ():
+        if not rest.shape[2]:
+            return
+        self.codes.reserve(rest.shape[2])
+        self.affine.reserve(rest.shape[2])
+        for chunk in rest.split(_CHUNK, dim=2):
             packed, affine = encode(_rotate(chunk, self.basis), self.parts, self.affine.data.dtype)
             self.codes.append(packed)
             self.affine.append(affine)

@@ -9,7 +9,8 @@ Scale and minimum take 16 bits each: the states' own dtype if that has 16 bits, 
 or fp32 state can (65504 is its end); bf16 has 8 significant bits, which rounded to nearest would push the ends of the
 range off the grid by up to half a step at 8 bits. So the minimum is rounded DOWN, the scale is computed from that
 minimum and rounded UP, and codes are taken on the resulting grid. It reaches both ends, nothing is clipped, and the
-rounding costs a step that is at most 2^-7 wider. Without a basis the minimum is one of the states, hence exact.
+rounding costs a step that is at most 2^-7 wider, twice that where the minimum is not exact: 16-bit states without a basis
+hold it, and elsewhere it moves by 2^-7 |minimum|, little unless all channels of a part lie far from 0 on one side.
 
 A head is two parts in "ResQ's format" (arXiv:2412.14363): its last channels, in a basis sorted by variance the ones with
 the largest, take more bits. A row of bytes is the packed codes of the parts one after the other; its affine row is

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, ClassVar
 
@@ -17,6 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
+
+_LARGEST_SIZE = 1 << 22  # no dimension of a layer comes near; above it, lists of groups alone would fill the memory
+_EXPECTED = {
+    int: f"a whole number from 0 to {_LARGEST_SIZE}", float: "a number", bool: "true or false", str: "a name",
+}  # fmt: skip
 
 Spec = dict[str, Any]
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
@@ -30,6 +36,7 @@ class CompressedLinear(nn.Module, ABC):
     """
 
     format: ClassVar[str]
+    sizes: ClassVar[Mapping[str, type]]  # the spec's own keys: int (a size, not negative), float or bool
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -59,7 +66,18 @@ class CompressedLinear(nn.Module, ABC):
         shape = (spec["in_features"], spec["out_features"])
         return isinstance(module, nn.Linear) and shape == (module.in_features, module.out_features)
 
-    def seen_input(self, x: Tensor) -> Tensor:
+    @classmethod
+    def rounding(cls, spec: Spec) -> tuple:
+        """What decides how inputs are rounded, as a hashable key; empty when they are not."""
+        return ()
+
+    @classmethod
+    def activation_bits(cls, spec: Spec) -> float:
+        """Bits per input value that the arithmetic sees, the scales counted; 16 for formats that leave inputs alone."""
+        return 16.0
+
+    @classmethod
+    def seen_input(cls, spec: Spec, x: Tensor) -> Tensor:
         """What the layer's arithmetic makes of its inputs: themselves, unless the format rounds them."""
         return x
 
@@ -67,8 +85,21 @@ class CompressedLinear(nn.Module, ABC):
     def dense_weight(self) -> Tensor:
         """The `[out_features, in_features]` fp32 weight that this layer multiplies by."""
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
+        return super()._apply(keeping_dtype(fn), recurse)
+
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.spec.items() if key != "format")
+
+
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `module.to`, `.half` or `.cuda` do to a tensor, without the change of dtype."""
+
+    def kept(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return kept
 
 
 def names() -> list[str]:
@@ -83,8 +114,27 @@ def layer_class(format: str) -> type[CompressedLinear]:
     return importlib.import_module(f"compress.layers.{format}").Layer
 
 
+def check_spec(spec: Any) -> None:
+    """Raise ValueError for what is no spec. JSON and Python tell too little apart: 40.0 and true would pass for sizes."""
+    if not isinstance(spec, dict):
+        raise ValueError(f"expected a mapping, got {spec!r}")
+    kinds = {"format": str, "in_features": int, "out_features": int, **layer_class(spec.get("format")).sizes}
+    different = sorted(spec.keys() ^ {*kinds, "bias"})
+    if different:
+        raise ValueError(f"expected the keys {', '.join([*kinds, 'bias'])}; {', '.join(different)} missing or unknown")
+    for key, kind in kinds.items():
+        value = spec[key]
+        number = type(value) is kind or (kind is float and type(value) is int)
+        if not number or (kind is int and not 0 <= value <= _LARGEST_SIZE):
+            raise ValueError(f"{key} is {value!r}, expected {_EXPECTED[kind]}")
+    dtype = getattr(torch, spec["bias"], None) if isinstance(spec["bias"], str) else None
+    if spec["bias"] is not False and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"bias is {spec['bias']!r}, expected false or a floating point dtype")
+
+
 def all_tensors(spec: Spec) -> dict[str, TensorSpec]:
-    """Every tensor of a layer; `spec["bias"]` is false or the dtype of the bias."""
+    """Every tensor of a layer; `spec["bias"]` is false or the dtype of the bias. ValueError for what is no spec."""
+    check_spec(spec)
     tensors = dict(layer_class(spec["format"]).tensors(spec))
     if spec["bias"]:
         tensors["bias"] = ((spec["out_features"],), getattr(torch, spec["bias"]))

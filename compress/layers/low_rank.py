@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ class Layer(CompressedLinear):
     """y = (x V) U + b with `down` = V^T `[R, I]` and `up` = U^T `[N, R]`, in nn.Linear's orientation. Spec: `rank`."""
 
     format = "low_rank"
+    sizes: ClassVar = {"rank": int}
 
     @classmethod
     def tensors(cls, spec: Spec) -> dict[str, TensorSpec]:

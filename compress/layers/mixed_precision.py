@@ -11,6 +11,8 @@ Both are orthogonal, so in exact arithmetic they change nothing.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from compress.quantizer import SCALE_DTYPE, Group, groups_of
 
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = (4, 8, 16)
+_ACTIVATION_SCALE_BITS = 24  # a 16-bit scale and a zero of at most 8 bits, per token, part and slice
 
 
 class Layer(CompressedLinear):
@@ -29,6 +32,10 @@ class Layer(CompressedLinear):
     `activation_bits` (16: not rounded), `activation_groups` and `clip`; see the layout."""
 
     format = "mixed_precision"
+    sizes: ClassVar = {
+        "bits": int, "group_size": int, "high_features": int, "high_bits": int, "heads": int, "hadamard": bool,
+        "activation_bits": int, "activation_groups": int, "clip": float,
+    }  # fmt: skip
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
@@ -100,11 +107,25 @@ class Layer(CompressedLinear):
         rest = dequantize_part(self.high, self.high_scale, spec["high_bits"], high, spec["group_size"])
         return torch.cat([weight, rest], dim=1)
 
-    def seen_input(self, x: Tensor) -> Tensor:
-        spec = self.spec
+    @classmethod
+    def rounding(cls, spec: Spec) -> tuple:
+        keys = ("activation_bits", "activation_groups", "clip", "high_features", "heads", "hadamard")
+        return tuple(spec[key] for key in keys) if spec["activation_bits"] < 16 else ()
+
+    @classmethod
+    def activation_bits(cls, spec: Spec) -> float:
+        if spec["activation_bits"] == 16:
+            return 16.0
+        inputs, high = spec["in_features"], spec["high_features"]
+        parts = 2 if high else 1
+        scales = parts * spec["activation_groups"] * _ACTIVATION_SCALE_BITS
+        return ((inputs - high) * spec["activation_bits"] + high * 8 + scales) / inputs
+
+    @classmethod
+    def seen_input(cls, spec: Spec, x: Tensor) -> Tensor:
         if spec["activation_bits"] == 16:
             return x
-        low, high = to_storage(spec, x).split([self.in_features - spec["high_features"], spec["high_features"]], dim=-1)
+        low, high = to_storage(spec, x).split([x.shape[-1] - spec["high_features"], spec["high_features"]], dim=-1)
         bits, groups = spec["activation_bits"], spec["activation_groups"]
         parts = [round_activation(low, bits, groups, spec["clip"] if bits < 8 else 1.0)]
         if spec["high_features"]:

@@ -6,6 +6,8 @@ front of the tied embedding it costs d^2 numbers, while untying would cost vocab
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ class Layer(CompressedLinear):
     """Stands for a norm, not for a linear. Spec: `epsilon`, and the same `in_features` and `out_features`."""
 
     format = "rotated_norm"
+    sizes: ClassVar = {"epsilon": float}
 
     @classmethod
     def tensors(cls, spec: Spec) -> dict[str, TensorSpec]:

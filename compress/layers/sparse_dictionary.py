@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ class Layer(CompressedLinear):
     """y = (x D) S + b. Spec: `num_atoms` (K, a multiple of 8) and `num_nonzeros` (s) per output neuron."""
 
     format = "sparse_dictionary"
+    sizes: ClassVar = {"num_atoms": int, "num_nonzeros": int}
 
     @classmethod
     def tensors(cls, spec: Spec) -> dict[str, TensorSpec]:

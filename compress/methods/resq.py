@@ -45,6 +45,7 @@ def rotation(config: Config, hidden_size: int, head_dim: int) -> Wanted:
         stream_high=high_channels(hidden_size, config.high_share),
         heads=config.heads_basis,
         heads_high=high_per_head(head_dim, config.high_share),
+        hidden_order=config.hidden_high_share > 0,
         weight_share=config.weight_share,
         seed=config.seed,
     )

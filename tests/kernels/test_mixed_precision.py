@@ -48,7 +48,7 @@ def filled(changes: dict[str, Any], weight: torch.Tensor | None = None) -> Any:
 def test_integers_agree_with_a_float_simulation(case: str, tokens: int) -> None:
     layer = filled(CASES[case])
     x = torch.randn(tokens, layer.in_features) * torch.logspace(-1, 1, layer.in_features)
-    want = layer.seen_input(x).double() @ layer.dense_weight().double().T
+    want = layer.seen_input(layer.spec, x).double() @ layer.dense_weight().double().T
     got = layer(x)
     assert got.dtype == torch.float32 and got.shape == want.shape
     assert (got - want).norm() < 1e-6 * want.norm()  # measured: at most 3e-7, fp32 against fp64

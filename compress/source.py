@@ -1,0 +1,125 @@
+"""A checkpoint on disk: a directory of safetensors with its config, tokenizer and licence.
+
+`open_source` turns whatever the user names (hub id, directory, .gguf file) into a `Source`; tensors are read from it one by
+one. Which files hold the weights is decided as transformers decides it, so that what is checked is what will be loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import CompressError
+from compress.fetch import fetch
+from compress.tensorfile import StoredTensor, read_header
+
+_WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".py"}
+_FINGERPRINT_BYTES = 4096
+
+
+@dataclass
+class Source:
+    """A checkpoint on disk: its directory, config and where each tensor lies."""
+
+    path: Path
+    config: dict
+    tensors: dict[str, StoredTensor]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as stored; CompressError when it holds NaN or infinite values."""
+        tensor = self.tensors[name].read()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CompressError(f"weights of {name} hold NaN or infinite values; the model is damaged")
+        return tensor
+
+    def fingerprint(self) -> str:
+        """Hash of the config, every tensor's name, shape and dtype, and its first 4 KB: which model this is, cheaply."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tensor.code} {tensor.shape}".encode())
+            with open(tensor.path, "rb") as file:
+                file.seek(tensor.offset)
+                digest.update(file.read(min(tensor.num_bytes, _FINGERPRINT_BYTES)))
+        return digest.hexdigest()
+
+    def side_files(self) -> list[Path]:
+        """Tokenizer, generation config and the like: what is copied to the result unchanged."""
+        skipped = {"config.json", INDEX, "README.md", "report.json", "recipe.yaml"}
+        return [
+            path
+            for path in sorted(self.path.iterdir())
+            if path.is_file() and path.suffix in _COPIED_SUFFIXES and path.name not in skipped
+        ]
+
+
+def open_source(model: str | Path) -> Source:
+    """Resolve a hub id, a local directory or a .gguf file to a readable checkpoint.
+
+    Raises:
+        CompressError: nothing there, not a causal language model, no safetensors, or already compressed or quantized.
+    """
+    path = fetch(str(model))
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise CompressError(f"{path} holds no config.json; expected a Hugging Face model directory")
+    return Source(path, read_json(config_file), read_tensor_index(path))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; CompressError when the file holds anything else."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CompressError(f"{file} is not valid JSON; fetch it again") from error
+    if not isinstance(data, dict):
+        raise CompressError(f"{file} holds a {type(data).__name__}, expected an object; fetch it again")
+    return data
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory that transformers would load: the single file before shards with an index."""
+    if (path / _WEIGHTS).is_file():
+        return [path / _WEIGHTS]
+    if not (path / INDEX).is_file():
+        pickled = sorted(path.glob("*.bin"))
+        hint = f"; {pickled[0].name} is pickled and never opened: convert it to safetensors first" if pickled else ""
+        raise CompressError(f"{path} holds no {_WEIGHTS}{hint}")
+    files = sorted(set(_weight_map(path).values()))
+    for file in files:
+        if Path(file).name != file or not (path / file).is_file():
+            raise CompressError(f"{path} lacks the shard {file} that its index names; fetch it again")
+    return [path / file for file in files]
+
+
+def read_tensor_index(path: Path) -> dict[str, StoredTensor]:
+    """Where each tensor of a safetensors directory lies, one file or shards; refuses pickled weights."""
+    files = weight_files(path)
+    tensors = read_headers(files)
+    if files != [path / _WEIGHTS]:
+        missing = sorted(set(_weight_map(path)) - set(tensors))
+        if missing:
+            raise CompressError(f"{path}: no shard holds {missing[0]}, which the index names; fetch it again")
+    return tensors
+
+
+def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
+    """The tensors of several files; a name that two of them hold is the later one's, as in transformers."""
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        tensors.update(read_header(file))
+    return tensors
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CompressError(f"{path / INDEX} is damaged: expected a weight_map of tensors to files; fetch it again")
+    return weight_map

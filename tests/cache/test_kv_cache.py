@@ -1,0 +1,184 @@
+"""The whole cache in tiny models of several families: generation, batches, beams, turns, refusals."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, DynamicCache
+
+from cache_helpers import greedy, logits, orthonormal, prompt, states
+from compress.cache import KVCache
+from compress.errors import CompressError
+from helpers import tiny_model
+
+
+def test_contract_flags() -> None:
+    cache = KVCache(tiny_model("llama"))
+    assert cache.is_croppable and not cache.is_compileable and cache.is_sliding == [False] * 3
+    assert cache.get_max_length() == -1 and cache.get_seq_length() == 0 and cache.get_mask_sizes(5, 0) == (5, 0)
+    cache.early_initialization(2, 2, 16, torch.bfloat16, torch.device("cpu"))
+    assert cache.is_initialized and cache.bits_per_element == 0 and cache.nbytes == 0
+    cache.layers[0].update(*[states(3, head_dim=16, dtype=torch.bfloat16)] * 2)
+    assert cache.get_seq_length() == 3 and cache.get_mask_sizes(5, 0) == (8, 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_sixteen_bits_are_the_dynamic_cache(family: str) -> None:
+    model, ids = tiny_model(family), prompt(tokens=24)
+    packed, dense = KVCache(model, bits=16), DynamicCache(config=model.config)
+    assert torch.equal(logits(model, ids, packed, [20, 1, 3]), logits(model, ids, dense, [20, 1, 3]))
+    assert torch.equal(greedy(model, ids, KVCache(model, bits=16)), greedy(model, ids, DynamicCache(config=model.config)))
+    assert packed.bits_per_element == 32
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"])
+def test_logits_come_closer_with_every_bit(family: str) -> None:
+    changes = {"sliding_window": None} if family == "mistral" else {}
+    model, ids = tiny_model(family, **changes), prompt(tokens=24)
+    dense = logits(model, ids, None)
+    errors = [float((logits(model, ids, KVCache(model, bits=b)) - dense).norm() / dense.norm()) for b in (8, 6, 4, 3, 2)]
+    assert errors == sorted(errors) and 0 < errors[0] < 0.01  # measured 0.002 to 0.007
+
+
+def test_eight_bits_generate_what_dense_does() -> None:
+    model, ids = tiny_model("llama"), prompt(tokens=20)
+    for start in (ids, ids[:, :1]):  # also a prompt of one token
+        dense = greedy(model, start, DynamicCache(config=model.config), new=20)
+        assert torch.equal(greedy(model, start, KVCache(model, bits=8), new=20), dense)
+
+
+def test_bases_change_little_at_eight_bits() -> None:
+    model, ids = tiny_model("llama"), prompt(tokens=24)
+    dense = logits(model, ids, None)
+    cache = KVCache(model, bits=8, key_bases=[orthonormal(16)] * 3, value_bases={0: orthonormal(2, 16), 2: orthonormal(16)})
+    error = (logits(model, ids, cache) - dense).norm() / dense.norm()
+    assert 0 < error < 0.02
+    assert not torch.equal(cache.layers[0].key_side.basis, torch.eye(16))
+
+
+def test_one_forward_is_token_by_token_decoding() -> None:
+    model = tiny_model("llama").double()  # so that the model itself is the same to far below a step
+    ids, options = prompt(tokens=20), {"bits": 3, "high_channels": 2, "sink_tokens": 2, "key_bases": [orthonormal(16)] * 3}
+    once, streamed = KVCache(model, **options), KVCache(model, **options)
+    torch.testing.assert_close(logits(model, ids, once), logits(model, ids, streamed, [1] * 20), rtol=0, atol=1e-5)
+    for one, other in zip(once.layers, streamed.layers, strict=True):
+        for side, other_side in zip(one.sides, other.sides, strict=True):
+            assert torch.equal(side.codes.rows(), other_side.codes.rows())
+            assert torch.equal(side.affine.rows(), other_side.affine.rows())
+
+
+def test_left_padding_changes_nothing() -> None:
+    model, ids = tiny_model("llama"), prompt(1, 9)
+    alone = greedy(model, ids, KVCache(model, bits=4))
+    padded = torch.cat([prompt(1, 14), torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], dim=1)])
+    mask = torch.ones_like(padded)
+    mask[1, :5] = 0
+    assert torch.equal(greedy(model, padded, KVCache(model, bits=4), attention_mask=mask)[1, 14:], alone[0, 9:])
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"num_beams": 2}], ids=str
+)
+def test_beam_scores_are_those_of_the_texts(kwargs: dict[str, int]) -> None:
+    model, ids = tiny_model("llama").double(), prompt()
+    result = greedy(
+        model, ids, KVCache(model, bits=4), return_dict_in_generate=True, output_scores=True, length_penalty=0.0, **kwargs
+    )
+    texts = result.sequences
+    log_probs = logits(model, texts, KVCache(model, bits=4)).log_softmax(dim=-1)
+    chosen = log_probs[:, :-1].gather(2, texts[:, 1:, None]).squeeze(2)[:, ids.shape[1] - 1 :]
+    torch.testing.assert_close(result.sequences_scores.double(), chosen.sum(dim=1), rtol=0, atol=1e-4)
+
+
+def test_chunked_prefill_and_drafts_change_nothing() -> None:
+    model = tiny_model("llama")
+    ids = torch.cat([prompt(1, 6)] * 3, dim=1)  # drafts from the prompt are partly refused: many tokens at once, then crop
+    plain = greedy(model, ids, KVCache(model, bits=4), new=30)
+    assert torch.equal(greedy(model, ids, KVCache(model, bits=4), new=30, prompt_lookup_num_tokens=4), plain)
+    assert torch.equal(greedy(model, ids, KVCache(model, bits=4), new=30, prefill_chunk_size=5), plain)
+
+
+def test_turns_continue_and_forks_do_not_disturb() -> None:
+    model, ids = tiny_model("llama"), prompt(1)
+    cache = KVCache(model, bits=8)
+    first = greedy(model, ids, cache)
+    fork = copy.deepcopy(cache)
+    second = greedy(model, torch.cat([first, prompt(1, 5)], dim=1), cache)
+    dense = DynamicCache(config=model.config)
+    greedy(model, ids, dense)
+    assert torch.equal(greedy(model, second[:, : first.shape[1] + 5], dense), second)
+    assert fork.get_seq_length() == first.shape[1] - 1
+    assert torch.equal(greedy(model, second[:, : first.shape[1] + 5], fork), second)
+    cache.reset()
+    assert torch.equal(greedy(model, ids, cache), first)
+
+
+def test_hybrid_models_keep_their_sliding_layers() -> None:
+    model, ids = tiny_model("gemma3_text"), prompt(tokens=30)  # the window is 16
+    cache = KVCache(model, bits=4)
+    greedy(model, ids, cache, num_beams=2)
+    assert cache.is_sliding == [True, False, True, False] and cache.get_seq_length() == 30 + 11
+    assert cache.layers[1].bits_per_element == 6 and cache.layers[0].keys.shape[2] == 15
+    packed, own = 2 * 4 * 2 * 41 * 2 * 12, 2 * 4 * 2 * 15 * 2 * 16 * 4
+    assert cache.nbytes == packed + own
+    assert cache.bits_per_element == pytest.approx(8 * (packed + own) / (2 * 4 * 2 * (41 + 15) * 2 * 16))
+
+
+def test_spec_and_tensors_make_the_same_cache() -> None:
+    model, ids = tiny_model("llama"), prompt()
+    bases = {layer: orthonormal(2, 16) for layer in range(3)}
+    cache = KVCache(model.config, bits=3, high_channels=4, sink_tokens=1, key_bases=bases)
+    again = KVCache(model, **cache.spec, key_bases=bases)
+    assert torch.equal(logits(model, ids, cache), logits(model, ids, again)) and again.spec == cache.spec
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "per_tokn"}, "did you mean 'per_token'"),
+        ({"bits": 9}, "bits: expected 2 to 8, or 16"),
+        ({"value_bits": 1}, "value_bits: expected 2 to 8, or 16"),
+        ({"high_chanels": 4}, "did you mean 'high_channels'"),
+        ({"high_bits": 12}, "high_bits: .* got 12"),
+        ({"sink_tokens": -1}, "sink_tokens: .* got -1"),
+        ({"key_bases": [torch.eye(16)]}, "key_bases: expected one per layer, 3, got 1"),
+        ({"value_bases": {7: torch.eye(16)}}, "value_bases: expected layer indices 0 to 2, got 7"),
+        ({"key_bases": {0: 2 * torch.eye(16)}}, "orthonormal"),
+        ({"key_bases": {0: torch.ones(16)}}, "a basis is"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CompressError, match=message):
+        KVCache(tiny_model("llama"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"high_channels": 16}, "below the head_dim of 16"),
+        ({"key_bases": {0: torch.eye(8)}}, r"\[16, 16\] or \[2, 16, 16\]"),
+    ],
+)
+def test_options_that_do_not_fit_the_heads_are_named(options: dict[str, Any], message: str) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(CompressError, match=message):
+        logits(model, prompt(), KVCache(model, **options))
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("deepseek_v3", "deepseek_v3 caches latents"),
+        ("deepseek_v32", "deepseek_v32 caches latents"),
+        ("qwen3_next", "qwen3_next has layers of type linear_attention"),
+        ("mamba", "mamba has layers of type linear_attention"),
+        ("t5", "t5 is an encoder-decoder"),
+        ("mistral", "mistral has sliding-window layers only"),
+    ],
+)
+def test_models_without_keys_and_values_are_refused_by_name(family: str, message: str) -> None:
+    with pytest.raises(CompressError, match=message):
+        KVCache(AutoConfig.for_model(family))
