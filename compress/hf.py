@@ -6,12 +6,12 @@ see the config before weights are looked for, one to replace modules on the meta
 
 from __future__ import annotations
 
-import json
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -19,8 +19,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compress import checkpoint
 from compress.cache.attached import CACHE_MODULE, CachedGeneration
 from compress.layers import CompressedLinear, Spec
-from compress.source import read_headers
+from compress.model import decoder_blocks
+from compress.source import read_headers, read_json
+from compress.tensorfile import write_whole
 from compress.verify import FORMAT_VERSION, install, module_specs, prepare_skeleton
+
+_CARRIED = ("report.json", "recipe.yaml")
 
 
 class CompressQuantizationConfig(QuantizationConfigMixin):
@@ -55,14 +59,15 @@ class CompressHfQuantizer(HfQuantizer):
         specs = module_specs({"quantization_config": self.quantization_config.to_dict()})
         cache = getattr(self.quantization_config, "kv_cache", None)
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
-        if files:
-            prepare_skeleton(model, files[0].parent, read_headers(files), specs, cache)
+        self.origin = files[0].parent if files else None
+        if self.origin:
+            prepare_skeleton(model, self.origin, read_headers(files), specs, cache)
         else:  # a state dict in memory
             install(model, specs, cache)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        model.save_pretrained = _GuardedSave(model)
+        model.save_pretrained = _Save(model, self.origin)
         if hasattr(model, CACHE_MODULE):
             model._prepare_cache_for_generation = CachedGeneration(model)
         return model
@@ -81,30 +86,76 @@ class CompressHfQuantizer(HfQuantizer):
         return True
 
 
-class _GuardedSave:
-    """`save_pretrained` that writes the guard again: transformers drops `transformers_weights` from every saved config."""
+class _Save:
+    """`save_pretrained` of one model that completes what transformers writes, before it is uploaded anywhere.
 
-    def __init__(self, model: nn.Module) -> None:
+    transformers drops `transformers_weights`, our guard, from every config that it saves, and knows nothing of the report
+    and the recipe that lay where the model was loaded from.
+    """
+
+    def __init__(self, model: nn.Module, origin: Path | None) -> None:
         self.model = model
+        files = [origin / name for name in _CARRIED] if origin else []
+        self.carried = {file.name: file.read_bytes() for file in files if file.is_file()}  # `origin` may not last
 
-    def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
-        file = Path(save_directory) / "config.json"
+    def __call__(self, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        model, folder = self.model, Path(save_directory)
+        upload = model._upload_modified_files
+
+        def upload_completed(*inner: Any, **options: Any) -> Any:
+            self._complete(folder)
+            return upload(*inner, **options)
+
+        model._upload_modified_files = upload_completed
+        try:
+            type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
+        finally:
+            del model._upload_modified_files
+        if is_main_process:
+            self._complete(folder)
+
+    def _complete(self, folder: Path) -> None:
         if any(isinstance(module, CompressedLinear) for module in self.model.modules()):
-            checkpoint.write_json(file, {**json.loads(file.read_text()), "transformers_weights": checkpoint.GUARD})
+            config = read_json(folder / "config.json")
+            checkpoint.write_json(folder / "config.json", {**config, "transformers_weights": checkpoint.GUARD})
+            for name, content in self.carried.items():
+                write_whole(folder / name, [content])
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace compressed layers by nn.Linear with the multiplied-out weight, in place."""
+    """Replace compressed layers by nn.Linear with the multiplied-out weight, in place; generation gets a plain cache."""
+    dtype = dtype or model.dtype
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, CompressedLinear):
-            weight = layer.dense_weight().to(dtype or model.dtype)
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            if layer.bias is not None:
-                linear.bias = nn.Parameter(layer.bias.to(weight.dtype), requires_grad=False)
-            model.set_submodule(name, linear)
+        if not isinstance(layer, CompressedLinear):
+            continue
+        if layer.format == "rotated_norm":
+            _untie(model, name, layer, dtype)
+        else:
+            bias = None if layer.bias is None else layer.bias.to(dtype)
+            model.set_submodule(name, _linear(layer.dense_weight().to(dtype), bias))
+    if hasattr(model, CACHE_MODULE):
+        delattr(model, CACHE_MODULE)
+        del model._prepare_cache_for_generation
     return model
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def _untie(model: nn.Module, name: str, layer: CompressedLinear, dtype: torch.dtype) -> None:
+    """A plain norm has no place for a matrix: it goes into an output projection of its own, as in `compress.export`."""
+    norm = copy.deepcopy(decoder_blocks(model)[1][0].input_layernorm)  # of a rotated model, so its gains are in the linears
+    norm.weight = nn.Parameter(torch.ones_like(norm.weight), requires_grad=False)
+    model.set_submodule(name, norm)
+    embedding = model.get_input_embeddings().weight
+    model.set_output_embeddings(_linear((embedding.float() @ layer.dense_weight()).to(dtype)))
+    model.config.get_text_config(decoder=True).tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
 
 
 def register() -> None:

@@ -62,12 +62,13 @@ def search_scale(
     """
     half = 1 << (bits - 1)
     largest = weight_Nn.gather(1, weight_Nn.abs().argmax(dim=1, keepdim=True))  # with its sign
+    unit = torch.where(largest == 0, 0, 1 / largest.abs())  # errors relative to it: their powers neither vanish nor overflow
     best_scale = torch.zeros_like(largest)
     best_error = torch.full_like(largest, torch.inf)
     for shrink in torch.linspace(1, _SMALLEST_SHRINK if steps > 1 else 1, steps).tolist():
         for full in (-half, half - 1):  # the code of the largest weight: on the longer or on the shorter side
             scale = stored_scale(largest * (shrink / full))
-            error = (weight_Nn - quantize(weight_Nn, scale, bits) * scale).abs_()
+            error = ((weight_Nn - quantize(weight_Nn, scale, bits) * scale) * unit).abs_()
             error = error.square_() if power == 2 else error.pow_(power)
             if importance is not None:
                 error *= importance

@@ -18,7 +18,7 @@ FOLDERS = {"compress": "compress", **{f"compress.{n}": n for n in ("kernels", "c
 # package: what it must not import
 FORBIDDEN = {
     "compress/layers": ("compress.methods", "compress.calibrate", "compress.run", "compress.evaluate", "compress.solvers"),
-    "compress/cache": ("compress.methods", "compress.layers", "compress.run", "compress.calibrate", "compress.recipe"),
+    "compress/cache": ("compress.methods", "compress.run", "compress.calibrate", "compress.recipe"),
     "compress/methods": ("compress.run", "compress.cli", "compress.evaluate", "compress.checkpoint", "compress.recipe"),
     "compress/solvers": ("compress.methods", "compress.layers", "compress.run", "compress.calibrate", "compress.model"),
     "kernels": ("compress.layers", "compress.methods", "compress.run", "compress.model", "transformers"),

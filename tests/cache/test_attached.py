@@ -1,0 +1,115 @@
+"""A cache that belongs to a checkpoint: recipe in, plain `generate` out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import compress
+from compress.cache import KVCache
+from compress.cache.attached import new_cache
+from compress.errors import CompressError
+from compress.evaluate.quality import log_probabilities
+from compress.recipe import Recipe
+from compress.run import run
+from helpers import save_tiny
+
+IDS = torch.arange(3, 60)[None]
+CHANGES = ["calibration.dataset=python-docs", "calibration.samples=8", "calibration.length=64"]
+
+
+@pytest.fixture(scope="module")
+def resq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resq")
+    source = save_tiny(folder / "model", "qwen2", head_dim=64)
+    run(source, Recipe.load("resq", CHANGES), folder / "out")
+    return folder / "out"
+
+
+def test_generate_uses_the_checkpoints_cache(resq: Path) -> None:
+    model = compress.load(resq)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(IDS, **options, return_dict_in_generate=True)
+    assert isinstance(plain.past_key_values, KVCache)
+    given = model.generate(IDS, **options, past_key_values=new_cache(model))
+    assert torch.equal(plain.sequences, given)
+    other = model.generate(IDS, **options, use_cache=False, return_dict_in_generate=True)
+    assert other.past_key_values is None
+    static = model.generate(IDS, **options, cache_implementation="static", return_dict_in_generate=True)
+    assert not isinstance(static.past_key_values, KVCache)
+
+
+def test_keys_have_bases_and_values_are_folded(resq: Path) -> None:
+    model = compress.load(resq)
+    bases = model.compress_kv
+    assert sorted(bases.of("keys")) == [0, 1, 2] and not bases.of("values")
+    basis = bases.of("keys")[1]
+    assert basis.dtype == torch.float32 and torch.allclose(basis.mT @ basis, torch.eye(64).expand(2, -1, -1), atol=1e-5)
+    cache = new_cache(model)
+    log_probabilities(model, IDS[0])
+    with torch.inference_mode():
+        model(IDS, past_key_values=cache)
+    assert cache.bits_per_element == 8 * 44 / 64  # 56 channels in 4 bits, 8 in 8, two scales and minima of 16 bits
+
+
+def test_evaluation_reads_through_the_cache(resq: Path) -> None:
+    model = compress.load(resq)
+    through = log_probabilities(model, IDS[0])
+    with torch.inference_mode():
+        without = torch.log_softmax(model(IDS, use_cache=False).logits[0, :-1], dim=-1)
+    assert 1e-4 < (through - without).abs().max() < 2
+
+
+def test_bases_stay_fp32_and_survive_saving(resq: Path, tmp_path: Path) -> None:
+    model = compress.load(resq).to(torch.bfloat16)
+    before = model.compress_kv.of("keys")
+    assert all(basis.dtype == torch.float32 for basis in before.values())
+    model.save_pretrained(tmp_path / "again")
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "again").compress_kv.of("keys")
+    assert all(torch.equal(before[layer], after[layer]) for layer in before)
+
+
+def test_the_dense_export_has_no_trace_of_it(resq: Path, tmp_path: Path) -> None:
+    compress.export_dense(resq, tmp_path / "dense")
+    assert "compress_kv" not in (tmp_path / "dense" / "model.safetensors").read_bytes()[:20000].decode("latin1")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "dense").generate(IDS, max_new_tokens=2).shape[1] > 57
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 3}, "asks for"),
+        ({"bases": {"keys": [0, 7], "values": []}}, "missing|does not"),
+        ({"method": "squatt"}, "unknown KV cache method"),
+        ({"options": {"bits": 1}}, "bits"),
+        ({"head_dim": -1}, "impossible|damaged"),
+    ],
+    ids=str,
+)
+def test_damaged_entries_are_refused(change: dict, message: str, resq: Path, tmp_path: Path) -> None:
+    import shutil
+
+    path = tmp_path / "damaged"
+    shutil.copytree(resq, path)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["kv_cache"].update(change)
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CompressError, match=message):
+        compress.load(path)
+
+
+def test_recipe_mistakes_are_named() -> None:
+    base = {"weights": {"method": "rtn"}}
+    for block, message in [
+        ({"bits": 4, "sink": 2}, "sink_tokens"),
+        ({"method": "pertoken"}, "per_token"),
+        ({"bits": 1}, "bits"),
+        (4, "mapping"),
+        ({"basis": "fourier"}, "basis"),
+    ]:
+        with pytest.raises(CompressError, match=message):
+            Recipe.from_dict({**base, "kv_cache": block})

@@ -1,0 +1,118 @@
+"""A loaded model, cast, copied, dequantized or sent to the hub: what it saves loads again as what it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import compress
+from compress.cache.attached import CACHE_MODULE, new_cache
+from compress.checkpoint import GUARD
+from compress.layers import CompressedLinear
+from compress.recipe import Recipe
+from compress.run import run
+from helpers import save_tiny, tiny_recipe
+
+IDS = torch.arange(3, 60)[None]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(IDS).logits.float()
+
+
+def packed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    layers = [name for name, module in model.named_modules() if isinstance(module, CompressedLinear)]
+    return {key: tensor for key, tensor in model.state_dict().items() if key.rpartition(".")[0] in layers}
+
+
+def guard_of(path: Path) -> str | None:
+    return json.loads((path / "config.json").read_text()).get("transformers_weights")
+
+
+@pytest.fixture(scope="module")
+def rotated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied model with a matrix behind its final norm, and a KV cache with bases."""
+    folder = tmp_path_factory.mktemp("rotated")
+    source = save_tiny(folder / "model", "llama")
+    weights = {"method": "quarot", "bits": 8}
+    recipe = {**tiny_recipe(), "weights": weights, "kv_cache": {"method": "per_token", "basis": "hadamard"}}
+    run(source, Recipe.from_dict(recipe), folder / "out")
+    return folder / "out"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_cast_model_saves_what_loads_again(dtype: torch.dtype, rotated: Path, tmp_path: Path) -> None:
+    exact, model = compress.load(rotated), compress.load(rotated).to(dtype)
+    assert model.model.layers[0].input_layernorm.weight.dtype == dtype
+    for key, tensor in packed(exact).items():
+        assert torch.equal(tensor, packed(model)[key]) and tensor.dtype == packed(model)[key].dtype, key
+    bases = {key: tensor for key, tensor in exact.state_dict().items() if key.startswith(CACHE_MODULE)}
+    assert bases and all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in bases.items())
+    model.save_pretrained(tmp_path / "cast")
+    before, after = model.state_dict(), compress.load(tmp_path / "cast").state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+
+
+def test_what_is_uploaded_has_the_guard(tiny_compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compress.load(tiny_compressed)
+    uploaded = []
+
+    class Hub:
+        create_repo = staticmethod(lambda repo, **_: type("Repo", (), {"repo_id": repo}))
+
+    class Card:
+        save = staticmethod(lambda _: None)
+
+    def upload(self: torch.nn.Module, folder: str, *_: object, **__: object) -> None:
+        uploaded.append((guard_of(Path(folder)), (Path(folder) / "report.json").exists()))
+
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", Hub)
+    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *_, **__: Card)
+    monkeypatch.setattr(type(model), "_upload_modified_files", upload)
+    model.save_pretrained(tmp_path / "again", push_to_hub=True)
+    assert uploaded == [(GUARD, True)] and guard_of(tmp_path / "again") == GUARD
+
+
+def test_only_the_main_process_writes_the_config(tiny_compressed: Path, tmp_path: Path) -> None:
+    compress.load(tiny_compressed).save_pretrained(tmp_path / "rank1", is_main_process=False)
+    assert list((tmp_path / "rank1").iterdir()) == []
+
+
+def test_report_and_recipe_go_along(tiny_compressed: Path, tmp_path: Path) -> None:
+    compress.load(tiny_compressed).save_pretrained(tmp_path / "again")
+    for name in ("report.json", "recipe.yaml"):
+        assert (tmp_path / "again" / name).read_bytes() == (tiny_compressed / name).read_bytes()
+
+
+def test_a_deep_copy_saves_itself(tiny_compressed: Path, tmp_path: Path) -> None:
+    model = compress.load(tiny_compressed)
+    twin = copy.deepcopy(model)
+    model.model.norm.weight.data.zero_()
+    twin.save_pretrained(tmp_path / "twin")
+    assert guard_of(tmp_path / "twin") == GUARD
+    assert torch.equal(logits(compress.load(tmp_path / "twin")), logits(compress.load(tiny_compressed)))
+
+
+def test_a_dequantized_model_saves_as_a_plain_one(rotated: Path, tmp_path: Path) -> None:
+    model = compress.load(rotated)
+    want = logits(model)
+    model.dequantize()
+    assert torch.allclose(logits(model), want, rtol=1e-3, atol=1e-3 * float(want.std())) and new_cache(model) is None
+    assert model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] > IDS.shape[1]
+    model.save_pretrained(tmp_path / "plain")
+    assert guard_of(tmp_path / "plain") is None and not (tmp_path / "plain" / "report.json").exists()
+    plain, report = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(logits(plain), logits(model))
+
+
+def test_device_map_auto(tiny_compressed: Path) -> None:
+    model = compress.load(tiny_compressed, device_map="auto")
+    assert torch.allclose(logits(model).cpu(), logits(compress.load(tiny_compressed)), atol=1e-5)
