@@ -1,11 +1,11 @@
 """Text to token batches.
 
-Sources: a hub data set (with short names for the usual ones), a local .txt / .raw / .md, .jsonl or .parquet file,
-`python-docs` (the English text of CPython's own `pydoc_data.topics`, present on every machine; three topics of four are
-its train split, the rest its test split), or a list of strings.
-In the `stream` layout documents are joined by blank lines and sequences of full length are cut from the token stream at
-places drawn by the seed, without overlap; in `documents` each row is one sequence, cut at the length and padded. Too
-little text is an error that says how much is missing, and what was used is counted: nothing is dropped in silence.
+In the `stream` layout documents are joined by blank lines and windows of full length are cut from the token stream at
+places drawn by the seed, without overlap; in `documents` each row is one sequence, cut at the length and padded. Models
+that were trained with a token at the start of every sequence (the tokenizer adds one) see it at the start of every window,
+as in evaluation: without it Llama and Gemma compute something else than they ever will in use. A chat template writes its
+own special tokens, so nothing is added to what it renders. Too little text is an error that says how much is missing, and
+what was not used is counted in `Tokens.notes`: nothing is dropped in silence.
 """
 
 from __future__ import annotations
@@ -13,29 +13,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.calibrate.sources import Row, Rows, chat_messages, load_texts, require_texts
 from compress.errors import CompressError
 
-HUB_NAMES = {  # short name: (hub id, configuration)
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-    "c4": ("allenai/c4", "en"),
-}
-_STREAMED = {"allenai/c4"}  # far larger than anybody calibrates on
-_TEXT_SUFFIXES = {".txt", ".raw", ".md"}
+__all__ = ["Rows", "Tokens", "chat_messages", "cut_windows", "encode", "load_texts", "make_tokens", "start_tokens"]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids `[samples, length]`, the mask of those that are not padding, and where they came from."""
+    """Token ids `[samples, length]`, the mask of those that are not padding, where they came from and what was left out."""
 
     ids: Tensor
     mask: Tensor
     origin: str
+    notes: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -52,76 +48,8 @@ class Tokens:
         return [(ids, None if mask.all() else mask) for ids, mask in pairs]
 
 
-def load_texts(
-    dataset: str | Sequence[str], *, config: str | None = None, split: str = "train", column: str = "text", rows: int = 20000
-) -> list[str | dict]:
-    """Rows of a source: strings for plain text, the whole row (a dict) where the column is absent.
-
-    Args:
-        rows: at most so many rows of a hub data set that is streamed.
-    Raises:
-        CompressError: the source is missing, empty, or cannot be reached.
-    """
-    if not isinstance(dataset, str):
-        return _not_empty([str(text) for text in dataset], "the list of texts")
-    if dataset == "python-docs":
-        from pydoc_data.topics import topics
-
-        held_out = split in ("test", "validation")  # every fourth topic is kept for evaluation
-        return [topics[key] for number, key in enumerate(sorted(topics)) if (number % 4 == 3) == held_out]
-    path = Path(dataset).expanduser()
-    if path.suffix in _TEXT_SUFFIXES or path.suffix in {".jsonl", ".parquet"}:
-        if not path.is_file():
-            raise CompressError(f"data file {dataset} does not exist")
-        if path.suffix in _TEXT_SUFFIXES:
-            return _not_empty([path.read_text(encoding="utf-8")], dataset)
-        kind = "json" if path.suffix == ".jsonl" else "parquet"
-        return _rows(_load_dataset(kind, dataset, data_files=str(path), split="train"), column, dataset)
-    name, known_config = HUB_NAMES.get(dataset, (dataset, None))
-    stream = name in _STREAMED
-    loaded = _load_dataset(name, dataset, name=config or known_config, split=split, streaming=stream)
-    return _rows(loaded.take(rows) if stream else loaded, column, dataset)
-
-
-def _load_dataset(path: str, shown: str, **arguments: Any) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(path, **arguments)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise CompressError(
-            f"cannot load data set {shown!r}: {' '.join(str(error).split())[:160]}; without a network use "
-            "--set calibration.dataset=python-docs or a local .txt, .jsonl or .parquet file"
-        ) from error
-
-
-def _rows(loaded: Any, column: str, shown: str) -> list[str | dict]:
-    rows = list(loaded)
-    _not_empty(rows, shown)
-    return [row[column] if isinstance(row.get(column), str) else row for row in rows]
-
-
-def _not_empty(rows: list, shown: str) -> list:
-    if not any(not isinstance(row, str) or row.strip() for row in rows):
-        raise CompressError(f"{shown} holds no text")
-    return rows
-
-
-def chat_messages(row: str | dict) -> list[dict[str, str]]:
-    """A row as chat messages: `messages` as it stands, or instruction / input / output, or one user turn."""
-    if isinstance(row, str):
-        return [{"role": "user", "content": row}]
-    if "messages" in row:
-        return row["messages"]
-    if "instruction" in row and "output" in row:
-        prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"]}]
-    raise CompressError(f"expected columns messages, or instruction and output, got {', '.join(row)}")
-
-
 def make_tokens(
-    rows: Sequence[str | dict],
+    rows: Sequence[Row],
     tokenizer: Any,
     *,
     samples: int,
@@ -136,46 +64,101 @@ def make_tokens(
     Raises:
         CompressError: too few tokens (or, for documents, rows), with the number that is missing.
     """
+    if chat_template:
+        texts = _rendered(rows, tokenizer, origin)
+    else:
+        texts = require_texts(rows, origin, "set calibration.column, or calibration.chat_template=true")
+    make = _documents if layout == "documents" else _stream
+    tokens = make(texts, tokenizer, samples, length, seed, chat_template, origin)
+    return Tokens(tokens.ids, tokens.mask, origin, (*getattr(rows, "notes", ()), *tokens.notes))
+
+
+def _rendered(rows: Sequence[Row], tokenizer: Any, origin: str) -> list[str]:
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise CompressError("calibration.chat_template: this tokenizer has no chat template")
     texts = []
-    for row in rows:
-        if chat_template:
-            if not getattr(tokenizer, "chat_template", None):
-                raise CompressError("calibration.chat_template: this tokenizer has no chat template")
+    for number, row in enumerate(rows):
+        try:
             texts.append(tokenizer.apply_chat_template(chat_messages(row), tokenize=False))
-        elif isinstance(row, str):
-            texts.append(row)
-        else:
-            raise CompressError(
-                f"{origin}: no such text column; the columns are {', '.join(row)} (set calibration.column, or chat_template)"
-            )
-    if layout == "documents":
-        return _documents(texts, tokenizer, samples, length, seed, origin)
-    stream = torch.tensor(encode(tokenizer, "\n\n".join(texts)))
-    whole = len(stream) // length
-    if whole < samples:
-        raise CompressError(
-            f"{origin} gives {len(stream)} tokens; {samples} x {length} = {samples * length} are needed, "
-            f"{samples * length - len(stream)} more; lower calibration.samples to {whole} or give more text"
-        )
-    order = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
-    ids = stream[: whole * length].view(whole, length)[order]
-    return Tokens(ids.contiguous(), torch.ones_like(ids, dtype=torch.bool), origin)
+        except CompressError as error:
+            raise CompressError(f"{origin}, row {number}: {error}") from error
+        except (TemplateError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise CompressError(f"{origin}, row {number}: the chat template refuses it: {reason}") from error
+    return texts
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     """Token ids of a long text, without the tokenizer's warning about the model's context."""
-    return tokenizer(text, verbose=False)["input_ids"]
+    return tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
 
 
-def _documents(texts: list[str], tokenizer: Any, samples: int, length: int, seed: int, origin: str) -> Tokens:
-    texts = [text for text in texts if text.strip()]
-    if len(texts) < samples:
-        raise CompressError(f"{origin} gives {len(texts)} documents; {samples} are needed, {samples - len(texts)} more")
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+def start_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts in front of every text: usually nothing, or the beginning-of-sequence token."""
+    bare, whole = encode(tokenizer, "a", special=False), encode(tokenizer, "a")
+    places = range(len(whole) - len(bare) + 1)
+    return next((whole[:place] for place in places if whole[place : place + len(bare)] == bare), [])
+
+
+def cut_windows(ids: list[int], start: list[int], length: int) -> Tensor:
+    """All windows `[windows, length]` that a token stream gives, one behind the other; `start` is in front of each.
+
+    Raises:
+        CompressError: a length that leaves no room behind the start tokens.
+    """
+    body = length - len(start)
+    if body < 1:
+        raise CompressError(
+            f"windows of {length} tokens have no room behind the {len(start)} start tokens; raise the length"
+        )
+    count = len(ids) // body
+    windows = torch.tensor(ids[: count * body], dtype=torch.long).view(count, body)
+    return torch.cat([torch.tensor(start, dtype=torch.long).expand(count, -1), windows], dim=1)
+
+
+def _stream(texts: list[str], tokenizer: Any, samples: int, length: int, seed: int, rendered: bool, origin: str) -> Tokens:
+    start = start_tokens(tokenizer)
+    if rendered and start:  # a window begins with the start token already: a second one behind it never occurs in use
+        opening = "".join(tokenizer.convert_ids_to_tokens(start))
+        texts = [text.removeprefix(opening) for text in texts]
+    stream = encode(tokenizer, "\n\n".join(texts), special=False)
+    windows = cut_windows(stream, start, length)
+    body = length - len(start)
+    if len(windows) < samples:
+        advice = f"calibration.samples to {len(windows)}" if len(windows) else "calibration.length"
+        raise CompressError(
+            f"{origin} gives {len(stream)} tokens; {samples} x {body} = {samples * body} are needed, "
+            f"{samples * body - len(stream)} more; lower {advice} or give more text"
+        )
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    ids = windows[order].contiguous()
+    left = len(stream) - samples * body
+    notes = (f"{left} of the {len(stream)} tokens of the text were not drawn",) if left else ()
+    return Tokens(ids, torch.ones_like(ids, dtype=torch.bool), origin, notes)
+
+
+def _documents(
+    texts: list[str], tokenizer: Any, samples: int, length: int, seed: int, rendered: bool, origin: str
+) -> Tokens:
+    real = [text for text in texts if text.strip()]
+    if len(real) < samples:
+        raise CompressError(f"{origin} gives {len(real)} documents; {samples} are needed, {samples - len(real)} more")
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))[:samples].sort().values
     ids = torch.zeros(samples, length, dtype=torch.long)
     mask = torch.zeros(samples, length, dtype=torch.bool)
+    cut = lost = 0
     for row, index in enumerate(order.tolist()):
-        tokens = encode(tokenizer, texts[index])[:length]
-        ids[row, : len(tokens)] = torch.tensor(tokens)
+        tokens = encode(tokenizer, real[index], special=not rendered)
+        cut, lost = cut + (len(tokens) > length), lost + max(0, len(tokens) - length)
+        ids[row, : len(tokens)] = torch.tensor(tokens[:length])
         mask[row, : len(tokens)] = True
-    return Tokens(ids, mask, origin)
+    notes = []
+    if len(texts) > len(real):
+        notes.append(f"{len(texts) - len(real)} of {len(texts)} documents are blank and were left out")
+    if len(real) > samples:
+        notes.append(f"{len(real) - samples} of {len(real)} documents were not drawn")
+    if cut:
+        notes.append(f"{cut} of {samples} documents are longer than {length} tokens; {lost} tokens of them were left out")
+    return Tokens(ids, mask, origin, tuple(notes))

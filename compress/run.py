@@ -59,7 +59,8 @@ def run(
     for note in prepared.plan.notes:
         progress.note(note)
     tokens = _tokens(prepared, texts)
-    progress.note(f"calibrating on {tokens.count} tokens ({len(tokens.ids)} sequences) of {tokens.origin}")
+    for note in (f"calibrating on {tokens.count} tokens ({len(tokens.ids)} sequences) of {tokens.origin}", *tokens.notes):
+        progress.note(note)
     _require_space(prepared, output.parent)
     identity = _identity(prepared, tokens)
     lineage = Lineage(prepared.source, prepared.plan)
@@ -72,7 +73,12 @@ def run(
             report = Report(
                 modules=modules,
                 model=str(model),
-                calibration={"origin": tokens.origin, "tokens": tokens.count, "sha256": tokens.digest()},
+                calibration={
+                    "origin": tokens.origin,
+                    "tokens": tokens.count,
+                    "sha256": tokens.digest(),
+                    "notes": list(tokens.notes),
+                },
                 versions=checkpoint.versions(),
                 seconds=time.perf_counter() - started,
                 peak_memory_bytes=peak_memory_bytes(prepared.device),
@@ -142,13 +148,17 @@ def _tokens(prepared: Prepared, texts: Sequence[str] | None) -> data.Tokens:
     from transformers import AutoTokenizer
 
     options = prepared.recipe.calibration
+    if isinstance(texts, str):
+        raise CompressError("texts: expected a list of strings, got one string; write texts=[...]")
     try:
         tokenizer = AutoTokenizer.from_pretrained(prepared.source.path)
     except (ValueError, OSError, KeyError) as error:
         raise CompressError(f"{prepared.source.path} holds no usable tokenizer") from error
     source = options.dataset if texts is None else texts
     return data.make_tokens(
-        data.load_texts(source, config=options.config, split=options.split, column=options.column),
+        data.load_texts(
+            source, config=options.config, split=options.split, column=options.column, chat=options.chat_template
+        ),
         tokenizer,
         samples=options.samples,
         length=options.length,

@@ -38,9 +38,15 @@ def compare(
         progress: called with the number of windows, returns what to call after each.
     """
     tokens = make_windows(dataset, tokenizer, length=length, limit=windows, split=split)
-    ours, theirs = measure(model, tokens, original, progress(len(tokens)))
+    ours, theirs = measure(model, tokens.ids, original, progress(len(tokens.ids)))
     result: dict[str, Any] = {
-        "protocol": {"dataset": dataset, "split": split, "length": length, "windows": len(tokens)},
+        "protocol": {
+            "dataset": dataset,
+            "split": split,
+            "length": length,
+            "windows": len(tokens.ids),
+            "notes": list(tokens.notes),
+        },
         "compressed": {"quality": ours.summary()},
         "threads": torch.get_num_threads(),
     }

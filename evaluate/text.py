@@ -1,7 +1,7 @@
 """Evaluation text and its windows: the protocol of every perplexity in this project.
 
 Documents are joined by blank lines, tokenized once and cut into non-overlapping windows from the start; a ragged end is
-left out. Every token of a window but its first is predicted from the window alone.
+left out and counted. Every token of a window but its first is predicted from the window alone.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from compress.calibrate.data import encode, load_texts
+from compress.calibrate.data import Tokens, cut_windows, encode, load_texts, start_tokens
+from compress.calibrate.sources import require_texts
 from compress.errors import CompressError
 
 
@@ -25,24 +25,24 @@ def make_windows(
     split: str = "test",
     config: str | None = None,
     column: str = "text",
-) -> Tensor:
-    """Token ids `[windows, length]`.
+) -> Tokens:
+    """Windows `ids` `[windows, length]`, with notes on what was left out.
 
     Models that were trained with a beginning-of-sequence token (the tokenizer adds one) get it in every window.
 
     Raises:
-        CompressError: the text is shorter than one window.
+        CompressError: a row without text, or a text that is shorter than one window.
     """
+    origin = dataset if isinstance(dataset, str) else f"{len(dataset)} given texts"
     rows = load_texts(dataset, config=config, split=split, column=column)
-    text = "\n\n".join(row for row in rows if isinstance(row, str))
-    ids = encode(tokenizer, text)
-    start = encode(tokenizer, "")[:1]  # empty, or the token that the tokenizer puts first
-    if start and ids[:1] == start:
-        ids = ids[1:]
-    body = length - len(start)
-    count = len(ids) // body
-    if count < 1:
+    texts = require_texts(rows, origin, "give --column")
+    ids = encode(tokenizer, "\n\n".join(texts), special=False)
+    start = start_tokens(tokenizer)
+    windows = cut_windows(ids, start, length)
+    if not len(windows):
+        body = length - len(start)
         raise CompressError(f"the evaluation text has {len(ids)} tokens, one window needs {body}; lower --length")
-    count = min(count, limit or count)
-    windows = torch.tensor(ids[: count * body]).view(count, body)
-    return torch.cat([torch.tensor(start).expand(count, -1).long(), windows], dim=1)
+    used = windows[:limit]
+    left = len(ids) - len(used) * (length - len(start))
+    notes = (f"{left} of the {len(ids)} tokens of the text were left out",) if left else ()
+    return Tokens(used, torch.ones_like(used, dtype=torch.bool), origin, (*rows.notes, *notes))

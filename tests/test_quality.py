@@ -16,10 +16,12 @@ from helpers import tiny_model, tiny_tokenizer
 
 def test_windows_follow_the_protocol() -> None:
     rows = ["ab" * 30, "cd" * 30]
-    windows = make_windows(rows, tiny_tokenizer(), length=50)
+    tokens = make_windows(rows, tiny_tokenizer(), length=50)
+    windows = tokens.ids
     stream = tiny_tokenizer()("\n\n".join(rows))["input_ids"]
     assert windows.shape == (2, 50) and windows.flatten().tolist() == stream[:100]
-    assert make_windows(rows, tiny_tokenizer(), length=50, limit=1).shape == (1, 50)
+    assert tokens.notes == ("22 of the 122 tokens of the text were left out",)
+    assert make_windows(rows, tiny_tokenizer(), length=50, limit=1).ids.shape == (1, 50)
     with pytest.raises(CompressError, match="lower --length"):
         make_windows(["abc"], tiny_tokenizer(), length=50)
 

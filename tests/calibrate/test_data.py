@@ -7,10 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from compress.calibrate.data import chat_messages, load_texts, make_tokens
+from compress.calibrate.data import chat_messages, load_texts, make_tokens, start_tokens
 from compress.errors import CompressError
+from compress.evaluate.text import make_windows
 from helpers import tiny_tokenizer
+
+CHAT = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def with_bos(template: str | None = CHAT) -> PreTrainedTokenizerFast:
+    """As Llama's and Gemma's: a token in front of every text, and a chat template that writes it too."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    single, pair = "<s> $A", "<s> $A <s> $B"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, pair=pair, special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def test_stream_is_cut_without_overlap_and_by_seed() -> None:
@@ -22,6 +39,7 @@ def test_stream_is_cut_without_overlap_and_by_seed() -> None:
     stream = tokenizer("\n\n".join(rows))["input_ids"]
     assert first.digest() == again.digest() != other.digest()
     assert first.count == 160
+    assert first.notes == (f"{len(stream) - 160} of the {len(stream)} tokens of the text were not drawn",)
     pieces = [tuple(stream[i : i + 16]) for i in range(0, len(stream) - 15, 16)]
     assert all(tuple(row.tolist()) in pieces for row in first.ids)
 
@@ -35,6 +53,10 @@ def test_documents_are_padded_and_masked() -> None:
     tokens = make_tokens(["abc", "", "d" * 99], tiny_tokenizer(), samples=2, length=8, layout="documents")
     assert tokens.mask.sum(dim=1).tolist() == [3, 8]
     assert tokens.count == 11
+    assert tokens.notes == (
+        "1 of 3 documents are blank and were left out",
+        "1 of 2 documents are longer than 8 tokens; 91 tokens of them were left out",
+    )
     assert tokens.batches(1)[1][1] is None and torch.equal(tokens.batches(1)[0][1], tokens.mask[:1])
 
 
@@ -70,3 +92,105 @@ def test_chat_rows() -> None:
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     tokens = make_tokens(["abc"], tokenizer, samples=1, length=9, chat_template=True)
     assert tokenizer.decode(tokens.ids[0]) == "<user>abc"
+
+
+def test_every_window_begins_with_the_start_token() -> None:
+    tokenizer, rows = with_bos(), ["ab" * 40, "cd" * 40]
+    start = tokenizer.bos_token_id
+    assert start_tokens(tokenizer) == [start] and start_tokens(tiny_tokenizer()) == []
+    tokens = make_tokens(rows, tokenizer, samples=4, length=20)
+    assert tokens.ids[:, 0].eq(start).all() and tokens.ids[:, 1:].ne(start).all()
+    stream = tiny_tokenizer()("\n\n".join(rows))["input_ids"]
+    assert all(row in [stream[at : at + 19] for at in range(0, 8 * 19, 19)] for row in tokens.ids[:, 1:].tolist())
+    windows = make_windows(rows, tokenizer, length=20)
+    assert windows.ids[0, 1:].tolist() == stream[:19] and windows.ids[:, 0].eq(start).all()
+    assert make_windows(rows, tiny_tokenizer(), length=20).ids.flatten().tolist() == stream[:160]
+    with pytest.raises(CompressError, match="no room behind the 1 start tokens"):
+        make_tokens(rows, tokenizer, samples=1, length=1)
+
+
+@pytest.mark.parametrize("layout", ["stream", "documents"])
+def test_chats_have_one_start_token(layout: str) -> None:
+    tokenizer = with_bos()
+    tokens = make_tokens(["abc"] * 8, tokenizer, samples=4, length=16, layout=layout, chat_template=True)
+    start = tokenizer.bos_token_id
+    assert tokens.ids[:, 0].eq(start).all() and tokens.ids[:, 1:].ne(start).all()
+    assert tokenizer.decode(tokens.ids[0]).startswith("<s><user>abc")
+
+
+def write_rows(path: Path, *rows: object) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def test_a_chat_is_used_even_beside_a_text(tmp_path: Path) -> None:
+    row = {"text": "flat", "messages": [{"role": "user", "content": "deep"}]}
+    file = write_rows(tmp_path / "a.jsonl", row, {"text": "plain", "messages": None})
+    rows = load_texts(file, chat=True)
+    assert [chat_messages(row)[0]["content"] for row in rows] == ["deep", "plain"]
+    assert load_texts(file) == ["flat", "plain"]
+
+
+def test_rows_without_text_are_counted(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", {"text": "a" * 30}, {"text": None}, {"text": "b"})
+    note = f"1 of 3 rows of {file} have no text (null) and were left out"
+    assert make_tokens(load_texts(file), tiny_tokenizer(), samples=1, length=33).notes == (note,)
+    assert make_windows(file, tiny_tokenizer(), length=33).notes == (note,)
+    with pytest.raises(CompressError, match=r"column 'text' of .*null\.jsonl holds no text"):
+        load_texts(write_rows(tmp_path / "null.jsonl", {"text": None}))
+    with pytest.raises(CompressError, match=r"number\.jsonl, row 0: expected text in 'text', got int"):
+        load_texts(write_rows(tmp_path / "number.jsonl", {"text": 3}))
+    with pytest.raises(CompressError, match=r"no such text column; the columns are body \(give --column\)"):
+        make_windows(write_rows(tmp_path / "b.jsonl", {"body": "a"}), tiny_tokenizer(), length=3)
+
+
+def test_a_streamed_source_says_where_it_stopped(monkeypatch) -> None:
+    import datasets
+
+    stream = datasets.Dataset.from_dict({"text": ["abc"] * 9}).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    assert load_texts("c4", rows=5).notes == ("only the first 5 rows of c4 were read",)
+    assert load_texts("c4", rows=10).notes == ()
+
+
+FILES = {
+    "empty.jsonl": (b"", "holds no text"),
+    "blank.jsonl": (b"\n\n", "holds no text"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": ', "line 2 is not valid JSON"),
+    "list.jsonl": (b"[1]", "line 1 holds a list"),
+    "latin.jsonl": ('{"text": "\xe9"}'.encode("latin1"), "not UTF-8"),
+    "latin.txt": ("caf\xe9".encode("latin1"), r"not UTF-8 text \(byte 3\)"),
+    "broken.parquet": (b"PAR1", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
+    content, message = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CompressError, match=message) as caught:
+        load_texts(str(tmp_path / name))
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_lists_hold_strings() -> None:
+    with pytest.raises(CompressError, match="got int at position 1"):
+        load_texts(["a", 3])
+
+
+TEMPLATES = {
+    "raises": "{{ raise_exception('only pairs') }}",
+    "undefined": "{{ messages[7].content.x.y }}",
+    "type": "{{ messages + 1 }}",
+}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_template_that_refuses_a_row_is_one_line(kind: str) -> None:
+    with pytest.raises(CompressError, match="texts, row 0: the chat template refuses it"):
+        make_tokens(["abc"], with_bos(TEMPLATES[kind]), samples=1, length=4, chat_template=True)
+
+
+def test_messages_have_a_role_and_a_content() -> None:
+    with pytest.raises(CompressError, match=r"row 1: expected messages to be a list of \{role, content\}"):
+        make_tokens(["a", {"messages": [{"from": "x"}]}], with_bos(), samples=1, length=4, chat_template=True)
