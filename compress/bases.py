@@ -1,34 +1,28 @@
-"""The earlier pass of methods that rotate: second moments of the whole model first, bases from them, then the real run.
+"""Bases of methods that rotate, and of the KV cache: second moments of the whole model first, then the real run.
 
-One pass of the block loop over the calibration text gathers, at the original model,
-
-    stream   the sum over blocks of the moments of both normalised inputs, before the norms' gains
-    heads    per block and KV head, the moment of the values, and of the keys and queries after rotary embedding
-
-and, if asked, the Gram matrices of the weights that read them: a direction matters by how large it is and by how strongly
-it is read (CoQuant, arXiv:2604.26378). The bases are kept in the staging directory, so a resumed run uses the same ones.
-Cost: one forward pass without solving; a d x d and L x H small fp64 sums.
+`compress.moments` gathers the moments; if asked, the Gram matrices of the weights that read the same directions are mixed
+in: a direction matters by how large it is and by how strongly it is read (CoQuant, arXiv:2604.26378). The bases are kept in
+the staging directory, so a resumed run uses the same ones. Cost: one d x d eigendecomposition, and one per block and head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from compress.blockwise import Progress, start_runner
+from compress.blockwise import Progress
 from compress.cache.attached import CACHE_MODULE
 from compress.calibrate import data
-from compress.calibrate.attention import observed_attention
-from compress.calibrate.statistics import Gram, HeadGrams
 from compress.errors import CompressError
 from compress.layers import build
 from compress.lineage import Lineage
-from compress.model import build_skeleton, head_width, materialise, release
+from compress.model import build_skeleton, head_width
+from compress.moments import Moments, gather
 from compress.plan import HEAD
 from compress.prepare import Prepared
 from compress.rotation import (
@@ -47,78 +41,6 @@ from compress.staging import BASES, write_bases
 from compress.tensorfile import read_header, write_file
 
 _CACHE_SEED = 17  # the random rotations inside the parts of the cache's bases
-
-
-@dataclass
-class Moments:
-    """Second moments of one pass, fp64; per block and head where they are mappings."""
-
-    stream: Tensor
-    values: dict[int, Tensor]
-    keys: dict[int, Tensor]
-    queries: dict[int, Tensor]
-    hidden: dict[int, Tensor]  # energy of each inner channel of the MLP
-
-
-def gather(prepared: Prepared, tokens: data.Tokens, progress: Progress) -> Moments:
-    """Run the original model once, block by block.
-
-    Raises:
-        CompressError: activations that are not finite.
-    """
-    model, plan = prepared.model, prepared.plan
-    runner = start_runner(prepared, tokens)
-    stream = Gram(model.config.get_text_config(decoder=True).hidden_size, prepared.device)
-    moments = Moments(stream.sum_II, {}, {}, {}, {})
-    progress.note(f"gathering second moments of {plan.num_blocks} blocks for the bases")
-    for index in range(plan.num_blocks):
-        prefix = f"{plan.blocks_name}.{index}."
-        materialise(model, prepared.source, prefix, prepared.dtype, prepared.device)
-        states = {"values": HeadGrams(), "keys": HeadGrams(), "queries": HeadGrams()}
-
-        def see(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, states: dict = states) -> None:
-            grouped = query.unflatten(1, (key.shape[1], -1)).transpose(1, 2).flatten(0, 1)  # queries of one KV head
-            repeats = grouped.shape[0] // query.shape[0]
-            mask = None if runner.mask is None else runner.mask.repeat_interleave(repeats, dim=0)
-            states["queries"].add(grouped, mask)
-            states["keys"].add(key, runner.mask)
-            states["values"].add(value, runner.mask)
-
-        hooks = [
-            model.get_submodule(prefix + norm).register_forward_pre_hook(
-                lambda module, args: stream.add(_normalised(module, args[0]), runner.mask)
-            )
-            for norm in norm_readers()
-        ]
-        energy: list[Tensor] = []
-        hooks.append(
-            model.get_submodule(f"{prefix}mlp.down_proj").register_forward_pre_hook(
-                lambda module, args, energy=energy: energy.append(_energy(args[0], runner.mask))
-            )
-        )
-        try:
-            with observed_attention(model, see):
-                runner.run(index, keep=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        release(model, prefix)
-        moments.hidden[index] = torch.stack(energy).sum(dim=0)
-        for name, grams in states.items():
-            getattr(moments, name)[index] = grams.mean()
-    moments.stream = stream.mean()
-    return moments
-
-
-def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
-    wide = x.float()
-    return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + norm.variance_epsilon)
-
-
-def _energy(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum of squares of each channel over the tokens that count, fp64."""
-    rows = x.flatten(0, -2) if mask is None else x[mask.to(x.device).bool()]
-    return rows.float().square().sum(dim=0).double()
 
 
 def rotation_bases(prepared: Prepared, wanted: Wanted, moments: Moments | None) -> dict[str, Tensor]:

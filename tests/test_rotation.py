@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compress.bases import Moments, gather, rotation_bases
+from compress.bases import rotation_bases
 from compress.blockwise import Silent
 from compress.calibrate.data import load_texts, make_tokens
 from compress.errors import CompressError
 from compress.layers import build
 from compress.model import build_skeleton, materialise
+from compress.moments import Moments, gather
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
 from compress.rotation import (
