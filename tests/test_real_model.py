@@ -40,7 +40,7 @@ def original(model_path: Path) -> torch.nn.Module:
 @pytest.fixture(scope="session")
 def compressed_paths(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     paths = {}
-    for name in ("cospadi-20", "svd-llm-20", "cospadi-40"):
+    for name in ("cospadi-20", "svd-llm-20", "cospadi-40", "gptq-w4", "rtn-w4", "resq"):
         recipe = Recipe.load(
             name,
             [f"weights.targets={TARGETS}", f"calibration.dataset={wikitext('train')}", "calibration.samples=8"],
@@ -67,6 +67,40 @@ def test_cospadi_beats_svd_at_equal_bytes(
         kl[name] = result["compressed"]["quality"]["kl"]
     assert 0 < kl["cospadi-20"] < 0.7 * kl["svd-llm-20"]
     assert kl["cospadi-20"] < kl["cospadi-40"]
+
+
+def test_gptq_beats_rounding_at_equal_bytes(
+    original: torch.nn.Module, model_path: Path, compressed_paths: dict[str, Path]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    kl = {}
+    for name in ("gptq-w4", "rtn-w4"):
+        model = compress.load(compressed_paths[name], dtype=torch.float32)
+        result = compare(model, tokenizer, original, dataset=wikitext("test"), length=512, windows=3)
+        kl[name] = result["compressed"]["quality"]["kl"]
+    assert 0 < kl["gptq-w4"] < 0.7 * kl["rtn-w4"]
+
+
+def test_packed_integers_and_their_simulation_agree(model_path: Path, compressed_paths: dict[str, Path]) -> None:
+    """4-bit weights and inputs on the rotated model: integer products against rounded floats, logits and greedy tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    inputs = tokenizer("A list in Python is a collection of", return_tensors="pt")
+    packed = compress.load(compressed_paths["resq"], dtype=torch.float32)
+    simulated = compress.load(compressed_paths["resq"], dtype=torch.float32)
+    count = 0
+    for name, layer in list(simulated.named_modules()):
+        if getattr(layer, "format", "") == "mixed_precision":
+            linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+            linear.weight = torch.nn.Parameter(layer.dense_weight())
+            linear.register_forward_pre_hook(lambda module, args, layer=layer: (layer.seen_input(layer.spec, args[0]),))
+            simulated.set_submodule(name, linear)
+            count += 1
+    assert count == 14
+    with torch.inference_mode():
+        one, two = packed(**inputs).logits, simulated(**inputs).logits
+    assert (one - two).norm() < 1e-3 * two.norm()
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(packed.generate(**inputs, **options), simulated.generate(**inputs, **options))
 
 
 def test_generation_survives_a_round_trip(model_path: Path, compressed_paths: dict[str, Path], tmp_path: Path) -> None:
