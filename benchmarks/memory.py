@@ -27,8 +27,8 @@ def synthetic_checkpoint(path: Path, gigabytes: float) -> int:
     """A bf16 Llama directory of at least so many bytes, one shard per 16 blocks; returns its bytes."""
     from transformers import AutoTokenizer, LlamaConfig
 
-    from compress.checkpoint import write_json
-    from compress.source import INDEX
+    from compress.fetch import INDEX
+    from compress.jsonfile import write_json
     from compress.tensorfile import write_file
     from smollm2 import smollm2
 

@@ -12,7 +12,6 @@ it on loading.
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 from dataclasses import replace
@@ -22,13 +21,16 @@ from typing import Any
 
 from torch import nn
 
+from compress.card import card
 from compress.errors import CompressError, readable_errors
+from compress.fetch import INDEX
+from compress.jsonfile import read_json, write_json
 from compress.layers import dense_bytes, layer_class
 from compress.model import read_config
 from compress.plan import Plan
 from compress.recipe import Recipe
-from compress.report import Report, megabytes
-from compress.source import INDEX, Source, open_source, read_json
+from compress.report import Report
+from compress.source import Source, open_source
 from compress.tensorfile import StoredTensor, read_header, write_file, write_whole
 from compress.verify import FORMAT_VERSION, module_specs, require_shapes
 from compress.version import __version__
@@ -71,7 +73,7 @@ def assemble(
     write_json(output / "config.json", config)
     write_json(output / "report.json", report.to_dict())
     write_whole(output / "recipe.yaml", [recipe.to_yaml().encode()])
-    write_whole(output / "README.md", [_card(report).encode()])
+    write_whole(output / "README.md", [card(report).encode()])
     return report
 
 
@@ -96,10 +98,6 @@ def write_shards(output: Path, tensors: dict[str, StoredTensor], max_shard_bytes
         weight_map.update(dict.fromkeys(shard, file))
     write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return total
-
-
-def write_json(path: Path, data: Any) -> None:
-    write_whole(path, [(json.dumps(data, indent=2) + "\n").encode()])
 
 
 def load(path: str | Path, *, device_map: Any = None, dtype: Any = "auto") -> nn.Module:
@@ -138,27 +136,3 @@ def read_report(path: str | Path) -> Report:
     matrices = {name: spec for name, spec in specs.items() if spec["format"] != "rotated_norm"}
     ours = sum(tensor.num_bytes for name, tensor in source.tensors.items() if name in packed)
     return Report.of_specs(matrices, stored, stored - ours + sum(map(dense_bytes, matrices.values())))
-
-
-def _card(report: Report) -> str:
-    totals = report.summary()
-    methods = ", ".join(sorted({module.method for module in report.modules}))
-    return f"""---
-library_name: transformers
-tags: [compressed, subspace-compress]
-base_model: {report.model}
----
-
-```python
-import compress  # first: registers the format with transformers
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("PATH")
-```
-
-Compressed with [subspace-compress](https://pypi.org/project/subspace-compress/) {report.versions["compress"]} by {methods}.
-The {len(report.modules)} compressed matrices take {megabytes(totals["packed_bytes"])} instead of
-{megabytes(totals["dense_bytes"])} in bf16 ({100 * totals["measured_ratio"]:.1f} % fewer bytes), the whole checkpoint
-{megabytes(report.checkpoint_bytes)} instead of {megabytes(report.dense_checkpoint_bytes)}. `recipe.yaml` repeats the run,
-`report.json` holds the figures of every matrix.
-"""

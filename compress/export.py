@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.cache.attached import CACHE_MODULE
-from compress.checkpoint import write_json, write_shards
+from compress.checkpoint import write_shards
 from compress.errors import CompressError
+from compress.jsonfile import write_json
 from compress.layers import Spec, build, dense_bytes
 from compress.model import build_skeleton, read_config
 from compress.source import Source, open_source

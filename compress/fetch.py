@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 
-from compress.errors import CompressError
+from compress.errors import CompressError, readable_errors
+from compress.jsonfile import read_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 
 
 def cache_dir() -> Path:
@@ -31,6 +35,11 @@ def fetch(model: str) -> Path:
         raise CompressError(f"{model} is a file; expected a model directory, a hub id or a .gguf file")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
         raise CompressError(f"{model} does not exist")
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    """The weights that transformers would load, and what lies beside them; nothing from folders or in other formats."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -40,9 +49,13 @@ def fetch(model: str) -> Path:
         RepositoryNotFoundError,
     )
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    def get(patterns: list[str]) -> Path:
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*"]))
+
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        path = get(_SIDE_FILES)
+        shards = sorted(set(weight_map(path).values())) if (path / INDEX).is_file() else []
+        return get([WEIGHTS, *shards] if shards else ["model*.safetensors"])
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CompressError(f"{model} is neither a local path nor a model on the Hugging Face hub") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
@@ -53,7 +66,7 @@ def fetch(model: str) -> Path:
 
 def _rewrite_gguf(path: Path) -> Path:
     """Dequantize a GGUF file to a bf16 safetensors directory in the cache, once per file content."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -63,22 +76,29 @@ def _rewrite_gguf(path: Path) -> Path:
     if target.is_dir():
         return target
     target.parent.mkdir(exist_ok=True)
-    folder, name = path.parent, path.name
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    except (ValueError, KeyError, OSError) as error:
-        raise CompressError(f"{path}: {' '.join(str(error).split())[:300]}") from error
-    # The loaded model carries a gguf quantization_config that forbids saving: rebuild it from a clean config.
-    config = loaded.config.to_dict()
-    config.pop("quantization_config", None)
-    clean = type(loaded.config).from_dict(config)
-    model = AutoModelForCausalLM.from_config(clean, dtype=torch.bfloat16)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    with readable_errors(path):
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), output_loading_info=True
+        )
+    if report["missing_keys"]:  # transformers has filled them with random numbers
+        raise CompressError(f"{path} is incomplete: it holds nothing for {min(report['missing_keys'])}; fetch it again")
     with tempfile.TemporaryDirectory(dir=target.parent) as unfinished:
         inner = Path(unfinished) / "model"
         model.save_pretrained(inner)
         tokenizer.save_pretrained(inner)
-        shutil.move(inner, target)
+        try:
+            inner.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster with the same content
+                raise
     return target
+
+
+def weight_map(path: Path) -> dict[str, str]:
+    """Which file holds each tensor, as the index of a sharded checkpoint has it."""
+    files = read_json(path / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise CompressError(f"{path / INDEX} is damaged: expected a weight_map of tensors to files; fetch it again")
+    return files

@@ -18,9 +18,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress import checkpoint
 from compress.cache.attached import CACHE_MODULE, CachedGeneration
+from compress.jsonfile import read_json, write_json
 from compress.layers import CompressedLinear, Spec
 from compress.model import decoder_blocks
-from compress.source import read_headers, read_json
+from compress.source import read_headers
 from compress.tensorfile import write_whole
 from compress.verify import FORMAT_VERSION, install, module_specs, prepare_skeleton
 
@@ -117,7 +118,7 @@ class _Save:
     def _complete(self, folder: Path) -> None:
         if any(isinstance(module, CompressedLinear) for module in self.model.modules()):
             config = read_json(folder / "config.json")
-            checkpoint.write_json(folder / "config.json", {**config, "transformers_weights": checkpoint.GUARD})
+            write_json(folder / "config.json", {**config, "transformers_weights": checkpoint.GUARD})
             for name, content in self.carried.items():
                 write_whole(folder / name, [content])
 

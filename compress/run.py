@@ -38,6 +38,7 @@ def run(
     *,
     texts: Sequence[str] | None = None,
     device: str = "auto",
+    name: str | None = None,
     max_shard_bytes: int = 4 << 30,
     progress: Progress | None = None,
 ) -> Report:
@@ -47,6 +48,7 @@ def run(
         model: hub id, local directory or .gguf file.
         output: must not exist; appears only when complete.
         texts: calibration texts, instead of the recipe's data set.
+        name: what the report calls the model, where `model` is only a temporary place of it.
     Raises:
         CompressError: anything wrong with the input; nothing is left behind.
     """
@@ -72,7 +74,7 @@ def run(
             modules = compress_blocks(prepared, tokens, staging, lineage, progress)
             report = Report(
                 modules=modules,
-                model=str(model),
+                model=name or str(model),
                 calibration={
                     "origin": tokens.origin,
                     "tokens": tokens.count,
@@ -132,15 +134,17 @@ def compress_model(
         recipe = Recipe.from_dict(recipe)
     elif not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
+    name = None
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(model, nn.Module):
+            name = model.config.name_or_path or f"{type(model).__name__} in memory"
             if tokenizer is None:
                 raise CompressError("a model in memory needs tokenizer=..., to read the calibration text")
             model.save_pretrained(Path(scratch) / "model")
             tokenizer.save_pretrained(Path(scratch) / "model")
             model = Path(scratch) / "model"
         kept = Path(output) if output is not None else Path(scratch) / "compressed"
-        run(model, recipe, kept, texts=texts, device=device)
+        run(model, recipe, kept, texts=texts, device=device, name=name)
         return checkpoint.load(kept)
 
 

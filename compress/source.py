@@ -10,18 +10,17 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.fetch import fetch
+from compress.fetch import INDEX, WEIGHTS, fetch, weight_map
+from compress.jsonfile import read_json
 from compress.tensorfile import StoredTensor, read_header
 
-_WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".py"}
+_NOT_COPIED = {"config.json", "README.md", "report.json", "recipe.yaml", "adapter_config.json"}
 _FINGERPRINT_BYTES = 4096
 
 
@@ -51,13 +50,13 @@ class Source:
         return digest.hexdigest()
 
     def side_files(self) -> list[Path]:
-        """Tokenizer, generation config and the like: what is copied to the result unchanged."""
-        skipped = {"config.json", INDEX, "README.md", "report.json", "recipe.yaml"}
-        return [
-            path
-            for path in sorted(self.path.iterdir())
-            if path.is_file() and path.suffix in _COPIED_SUFFIXES and path.name not in skipped
-        ]
+        """Tokenizer, generation config, licence and the like: what is copied to the result unchanged."""
+
+        def copied(path: Path) -> bool:
+            named = path.suffix in _COPIED_SUFFIXES or path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+            return path.is_file() and named and path.name not in _NOT_COPIED and not path.name.endswith(".index.json")
+
+        return [path for path in sorted(self.path.iterdir()) if copied(path)]
 
 
 def open_source(model: str | Path) -> Source:
@@ -73,26 +72,15 @@ def open_source(model: str | Path) -> Source:
     return Source(path, read_json(config_file), read_tensor_index(path))
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; CompressError when the file holds anything else."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CompressError(f"{file} is not valid JSON; fetch it again") from error
-    if not isinstance(data, dict):
-        raise CompressError(f"{file} holds a {type(data).__name__}, expected an object; fetch it again")
-    return data
-
-
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a directory that transformers would load: the single file before shards with an index."""
-    if (path / _WEIGHTS).is_file():
-        return [path / _WEIGHTS]
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
     if not (path / INDEX).is_file():
         pickled = sorted(path.glob("*.bin"))
         hint = f"; {pickled[0].name} is pickled and never opened: convert it to safetensors first" if pickled else ""
-        raise CompressError(f"{path} holds no {_WEIGHTS}{hint}")
-    files = sorted(set(_weight_map(path).values()))
+        raise CompressError(f"{path} holds no {WEIGHTS}{hint}")
+    files = sorted(set(weight_map(path).values()))
     for file in files:
         if Path(file).name != file or not (path / file).is_file():
             raise CompressError(f"{path} lacks the shard {file} that its index names; fetch it again")
@@ -103,8 +91,8 @@ def read_tensor_index(path: Path) -> dict[str, StoredTensor]:
     """Where each tensor of a safetensors directory lies, one file or shards; refuses pickled weights."""
     files = weight_files(path)
     tensors = read_headers(files)
-    if files != [path / _WEIGHTS]:
-        missing = sorted(set(_weight_map(path)) - set(tensors))
+    if files != [path / WEIGHTS]:
+        missing = sorted(set(weight_map(path)) - set(tensors))
         if missing:
             raise CompressError(f"{path}: no shard holds {missing[0]}, which the index names; fetch it again")
     return tensors
@@ -116,10 +104,3 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
     for file in files:
         tensors.update(read_header(file))
     return tensors
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = read_json(path / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CompressError(f"{path / INDEX} is damaged: expected a weight_map of tensors to files; fetch it again")
-    return weight_map

@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress.card import card
+from compress.checkpoint import read_report
 from compress.errors import CompressError
 from compress.prepare import prepare
 from compress.recipe import Recipe
+from compress.source import open_source
 from helpers import save_tiny, tiny_recipe
 
 UP = "model.layers.1.mlp.up_proj"
@@ -217,6 +221,11 @@ def test_what_is_checked_is_what_is_loaded(tiny_compressed: Path, copied: Path) 
     compress.load(copied)
 
 
+def test_a_dense_directory_is_not_loaded_as_a_compressed_one(tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match=r"not a compressed checkpoint.*AutoModelForCausalLM"):
+        compress.load(save_tiny(tmp_path / "model"))
+
+
 SOURCES = {
     "no norm": (edit_tensors(lambda t: t.pop("model.norm.weight")), "incomplete: model.norm.weight is missing"),
     "fewer blocks": (edit_config(lambda c: c.update(num_hidden_layers=2)), "layers.2.* no place; check its num_hidden"),
@@ -236,3 +245,26 @@ def test_tensors_that_the_model_has_no_place_for_are_left_out(tmp_path: Path) ->
     edit_tensors(lambda tensors: tensors.update(extra=torch.ones(3)))(save_tiny(tmp_path / "model"))
     prepared = prepare(tmp_path / "model", Recipe.from_dict(tiny_recipe()))
     assert "extra" not in prepared.source.tensors and any("extra" in note for note in prepared.plan.notes)
+
+
+def test_what_goes_along_with_the_weights(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    along = {"LICENSE", "LICENSE.txt", "NOTICE", "tokenizer.json", "generation_config.json"}
+    behind = {"pytorch_model.bin.index.json", "adapter_config.json", "model.safetensors.index.json", "README.md", "x.bin"}
+    for name in {"LICENSE", "LICENSE.txt", "NOTICE"} | behind:
+        write(name, "{}")(model)
+    copied = {path.name for path in open_source(model).side_files()}
+    assert along <= copied and not behind & copied
+
+
+@pytest.mark.parametrize("name, base", [("org/model-1.5B", True), ("gpt2", True), ("/tmp/x/model", False), ("a b", False)])
+def test_only_a_hub_id_is_a_base_model(name: str, base: bool, tiny_compressed: Path) -> None:
+    report = replace(read_report(tiny_compressed), model=name)
+    assert (f"base_model: {name}\n" in card(report)) == base and ("base_model" in card(report)) == base
+    assert "base_model" not in (tiny_compressed / "README.md").read_text()
+
+
+def test_a_local_directory_is_no_hub_id(tiny_compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    assert "base_model" not in card(replace(read_report(tiny_compressed), model="models/tiny"))

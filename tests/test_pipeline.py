@@ -110,6 +110,7 @@ def test_generation_is_the_same_before_saving_and_after_loading(tiny_llama: Path
     model = compress.compress_model(tiny_model("llama"), tiny_recipe(), tmp_path / "out", tokenizer=tiny_tokenizer())
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     before = model.generate(IDS, **options)
+    assert Report.from_dict(json.loads((tmp_path / "out" / "report.json").read_text())).model == "LlamaForCausalLM in memory"
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generate(IDS, **options)
     assert before.shape[1] > IDS.shape[1] and torch.equal(before, after)
 
