@@ -34,6 +34,7 @@ class BlockRunner:
         self.model, self.blocks, self.batches, self.device = model, blocks, batches, device
         self.returns_tuple = False
         self.hidden: list[Tensor] = []
+        self.reference: list[Tensor] | None = None  # of the original model, see `pair`
         self.mask: Tensor | None = None  # of the batch that is running
 
     def embed(self) -> None:
@@ -48,32 +49,46 @@ class BlockRunner:
             for ids, mask in self.batches:
                 self._drive({"input_ids": ids.to(self.device)}, mask)
 
+    def pair(self) -> None:
+        """Keep a second stream of hidden states, that of the original model; `grams` then compares the two."""
+        self.reference = self.hidden
+
     def run(self, index: int, *, keep: bool) -> None:
         """Run block `index` on all batches; with `keep` its outputs become the new hidden states.
 
         Raises:
             CompressError: the block's output is not finite, with its number.
         """
+        outputs = self._outputs(index, self.hidden, keep=keep)
+        if keep:
+            self.hidden = outputs
+
+    def run_reference(self, index: int) -> None:
+        """Take the original stream through block `index`, which must hold its original weights."""
+        if self.reference is not None:
+            self.reference = self._outputs(index, self.reference, keep=True)
+
+    def _outputs(self, index: int, states: list[Tensor], *, keep: bool) -> list[Tensor]:
+        return [self._forward(index, state, mask, keep) for (_, mask), state in zip(self.batches, states, strict=True)]
+
+    def _forward(self, index: int, state: Tensor, mask: Tensor | None, keep: bool) -> Tensor:
+        """One batch through one block; an empty tensor unless `keep`."""
         block_forward = self.blocks[index].forward  # bound, taken before it is replaced
-        outputs: list[Tensor] = []
-        stored: Tensor
+        stored, result = state.to(self.device), torch.empty(0)
 
         def wanted(_: Tensor, *args: Any, **kwargs: Any) -> None:
+            nonlocal result
             output = block_forward(stored, *args, **kwargs)
             self.returns_tuple = isinstance(output, tuple)
-            outputs.append((output[0] if self.returns_tuple else output).cpu() if keep else torch.empty(0))
+            if keep:
+                result = (output[0] if self.returns_tuple else output).cpu()
             raise _Stop
 
         with torch.inference_mode(), self._replaced({**dict.fromkeys(range(index), self._pass), index: wanted}):
-            for (_, mask), hidden in zip(self.batches, self.hidden, strict=True):
-                stored = hidden.to(self.device)
-                self._drive({"inputs_embeds": stored}, mask)
-        if keep:
-            for (_, mask), output in zip(self.batches, outputs, strict=True):
-                real = output if mask is None else output[mask]
-                if not torch.isfinite(real).all():
-                    raise CompressError(f"activations after block {index} hold NaN or infinite values")
-            self.hidden = outputs
+            self._drive({"inputs_embeds": stored}, mask)
+        if not torch.isfinite(result if mask is None or not keep else result[mask]).all():
+            raise CompressError(f"activations after block {index} hold NaN or infinite values")
+        return result
 
     def run_head(self, head: nn.Module, visit: Callable[[Tensor, Tensor | None], None]) -> None:
         """Call `visit(inputs, mask)` with what the output projection would get after the last block."""
@@ -106,6 +121,7 @@ class BlockRunner:
         Args:
             keep: make the block's outputs the new hidden states.
             views: for linears that round their inputs, `(key, round)`; they get a `SeenGram`, shared under equal keys.
+                With a second stream all get one, whose targets are the original stream's inputs; that stream moves on.
         Raises:
             CompressError: a linear was never called, or its input is not finite, by name.
         """
@@ -114,41 +130,54 @@ class BlockRunner:
         grams: dict[str, Gram | SeenGram] = {}
         called: set[str] = set()  # in this batch
         seen: list[tuple[Tensor, Any, str]] = []  # inputs of this batch, their view, who got them first; holds them alive
+        targets: dict[str, Tensor] = {}  # the original stream's inputs in this batch
+        original = False  # which stream is running
 
         def hook(name: str) -> Callable:
             def collect(module: nn.Module, args: tuple) -> None:
                 x = args[0]
+                if original:
+                    targets[name] = x
+                    return
                 key, rounded = views.get(name, (None, None))
                 if name not in leader:
                     leader[name] = next((owner for other, view, owner in seen if other is x and view == key), name)
                 if leader[name] == name:
                     seen.append((x, key, name))
-                    if rounded is None:
+                    if rounded is None and name not in targets:
                         grams.setdefault(name, Gram(x.shape[-1], x.device)).add(x, self.mask)
                     else:
-                        grams.setdefault(name, SeenGram(x.shape[-1], x.device)).add(x, rounded(x), self.mask)
+                        gram = grams.setdefault(name, SeenGram(x.shape[-1], x.device))
+                        gram.add(targets.get(name, x), rounded(x) if rounded else x, self.mask)
                 called.add(name)
                 if not keep and len(called) == len(linears):
                     raise _Stop  # the rest of the block would be computed for nothing
 
             return collect
 
-        def new_batch(module: nn.Module, args: tuple) -> None:
-            seen.clear()
-            called.clear()
-
         handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
-        handles.append(self.blocks[index].register_forward_pre_hook(new_batch))
+        outputs, references = [], []
         try:
-            self.run(index, keep=keep)
+            for number, ((_, mask), state) in enumerate(zip(self.batches, self.hidden, strict=True)):
+                seen.clear()
+                called.clear()
+                if self.reference is not None:
+                    original = True
+                    references.append(self._forward(index, self.reference[number], mask, keep=True))
+                    original = False
+                outputs.append(self._forward(index, state, mask, keep))
         finally:
             for handle in handles:
                 handle.remove()
+        if keep:
+            self.hidden = outputs
+        if self.reference is not None:
+            self.reference = references
         for name in linears:
             if name not in leader:
                 raise CompressError(f"{name} is not called by its block: leave it out with a rule `method: none`")
             gram = grams[leader[name]]
-            if not torch.isfinite((gram.plain if isinstance(gram, SeenGram) else gram).sum_II).all():
+            if not torch.isfinite((gram.seen if isinstance(gram, SeenGram) else gram).sum_II).all():
                 raise CompressError(f"inputs of {name} hold NaN or infinite values")
         return {name: grams[leader[name]] for name in linears}
 

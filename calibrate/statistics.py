@@ -37,21 +37,20 @@ class HeadGrams:
 
 
 class SeenGram:
-    """Moments of inputs x and of what a layer that rounds them sees, x': E[x x^T], E[x' x'^T] and E[x x'^T].
-
-    The weight that makes the most of x' is W E[x x'^T] E[x' x'^T]^{-1}. Memory: three times that of `Gram`.
+    """Moments of the inputs x that a layer should answer and of what it sees in their place, x' (rounded, or behind
+    compressed blocks): E[x x^T], E[x' x'^T] and E[x x'^T]. Memory: three times that of `Gram`.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.plain, self.seen = Gram(width, device), Gram(width, device)
+        self.target, self.seen = Gram(width, device), Gram(width, device)
         self.cross_II = torch.zeros(width, width, dtype=torch.float64, device=device)
 
-    def add(self, x: Tensor, seen: Tensor, mask: Tensor | None = None) -> None:
+    def add(self, target: Tensor, seen: Tensor, mask: Tensor | None = None) -> None:
         """Add inputs `[..., I]` and what is seen of them; `mask` as in `Gram.add`."""
-        self.plain.add(x, mask)
+        self.target.add(target, mask)
         self.seen.add(seen, mask)
-        x_TI, seen_TI = _counted(x, mask), _counted(seen, mask)
-        self.cross_II += (x_TI.T @ seen_TI).double()
+        target_TI, seen_TI = _counted(target, mask), _counted(seen, mask)
+        self.cross_II += (target_TI.T @ seen_TI).double()
 
 
 def _counted(x: Tensor, mask: Tensor | None) -> Tensor:

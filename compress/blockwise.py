@@ -82,6 +82,8 @@ def compress_blocks(
         progress.note(f"resuming: {len(done)} of {plan.num_blocks} blocks are finished")
 
     runner = start_runner(prepared, tokens)
+    if prepared.recipe.calibration.inputs == "paired":
+        runner.pair()
     modules: list[ModuleReport] = []
     pending = [index for index in plan.by_block if index not in done]
     last = plan.num_blocks - 1 if HEAD in pending else max(pending, default=HEAD)  # the last block that must run
@@ -92,17 +94,19 @@ def compress_blocks(
             continue
         prefix = f"{plan.blocks_name}.{index}."
         propagate = index < last or HEAD in pending
+        gathers = index not in done and bool(jobs)
         materialise(model, source, prefix, prepared.dtype, prepared.device)
         linears = {job.name: model.get_submodule(job.name) for job in jobs}
         if index in done:
             packed, reports = read_block(staging, index)
-        elif jobs:
+        elif gathers:
             grams = runner.grams(index, linears, keep=original_inputs and propagate, views=_views(jobs))
             packed, reports = _compress_jobs(prepared, jobs, grams, progress)
         else:
             packed, reports = {}, []
-        collected = original_inputs and index not in done and bool(jobs)  # then the outputs came with the statistics
-        if propagate and not collected:
+        if propagate and not gathers:
+            runner.run_reference(index)
+        if propagate and not (original_inputs and gathers):  # else the outputs came with the statistics
             with nullcontext() if original_inputs else _installed(model, jobs, packed, prepared):
                 runner.run(index, keep=True)
         if jobs and index not in done:
@@ -148,12 +152,13 @@ def _compress_jobs(
             progress.note(f"{job.name} saw only zeros on the calibration text: its error is that of its weight alone")
         weight = prepared.source.read(f"{job.name}.weight").to(prepared.device, torch.float32)
         try:
-            tensors = methods.load(job.rule.method).compress(weight, inputs, job.spec, job.rule.options)
+            method, wanted = methods.load(job.rule.method), inputs.fitted(weight)
+            tensors = method.compress(wanted, inputs, job.spec, job.rule.options)
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise CompressError(f"{job.name}: {error}") from error
         _require_finite(job.name, tensors)
         layer = _filled_layer(job, {f"{job.name}.{key}": value for key, value in tensors.items()}, prepared.device)
-        error = methods.relative_output_error(weight, layer.dense_weight(), inputs.gram_II)
+        error = inputs.relative_error(weight, layer.dense_weight())
         _require_finite(job.name, {"error": torch.tensor(error)})
         report = ModuleReport.of(job.name, job.rule.method, job.spec, error, time.perf_counter() - started)
         reports.append(report)
@@ -175,12 +180,12 @@ def _views(jobs: list[Job]) -> dict[str, View]:
 
 def _second_moment(gram: Gram | SeenGram) -> SecondMoment:
     """Of the inputs; where all were zero any approximation is exact, and the identity asks for that of the weight alone."""
-    mean = (gram.plain if isinstance(gram, SeenGram) else gram).mean()
+    mean = (gram.seen if isinstance(gram, SeenGram) else gram).mean()
     if not mean.any():
         return SecondMoment(torch.eye(len(mean), dtype=mean.dtype, device=mean.device), unseen=True)
     if isinstance(gram, Gram):
         return SecondMoment(mean)
-    return SecondMoment(mean, gram.seen.mean(), gram.cross_II / gram.plain.tokens)
+    return SecondMoment(mean, gram.target.mean(), gram.cross_II / gram.seen.tokens)
 
 
 def _require_finite(name: str, tensors: dict[str, Tensor]) -> None:

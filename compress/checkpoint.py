@@ -23,13 +23,14 @@ from typing import Any
 from torch import nn
 
 from compress.errors import CompressError, readable_errors
+from compress.layers import dense_bytes, layer_class
 from compress.model import read_config
 from compress.plan import Plan
 from compress.recipe import Recipe
 from compress.report import Report, megabytes
-from compress.source import INDEX, Source, open_source
+from compress.source import INDEX, Source, open_source, read_json
 from compress.tensorfile import StoredTensor, read_header, write_file, write_whole
-from compress.verify import FORMAT_VERSION, module_specs
+from compress.verify import FORMAT_VERSION, module_specs, require_shapes
 from compress.version import __version__
 
 GUARD = (
@@ -119,13 +120,24 @@ def load(path: str | Path, *, device_map: Any = None, dtype: Any = "auto") -> nn
 
 
 def read_report(path: str | Path) -> Report:
-    """The figures recorded with a compressed checkpoint; CompressError when the directory is none."""
+    """The figures recorded with a compressed checkpoint, or its sizes alone where the report is gone.
+
+    Raises:
+        CompressError: not a compressed checkpoint, or a damaged one.
+    """
     source = open_source(path)
-    module_specs(source.config)
-    try:
-        return Report.from_dict(json.loads((source.path / "report.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CompressError(f"{source.path / 'report.json'} is missing or damaged") from error
+    specs, file = module_specs(source.config), source.path / "report.json"
+    if file.is_file():
+        try:
+            return Report.from_dict(read_json(file))
+        except (KeyError, TypeError) as error:
+            raise CompressError(f"{file} is damaged: {error}; without it, sizes alone are shown") from error
+    require_shapes(source.path, source.tensors, specs)
+    packed = {f"{name}.{key}" for name, spec in specs.items() for key in layer_class(spec["format"]).tensors(spec)}
+    stored = sum(tensor.num_bytes for tensor in source.tensors.values())
+    matrices = {name: spec for name, spec in specs.items() if spec["format"] != "rotated_norm"}
+    ours = sum(tensor.num_bytes for name, tensor in source.tensors.items() if name in packed)
+    return Report.of_specs(matrices, stored, stored - ours + sum(map(dense_bytes, matrices.values())))
 
 
 def _card(report: Report) -> str:

@@ -162,7 +162,7 @@ def inspect(
 ) -> None:
     """Format, sizes, bits per weight, bytes and error of every compressed matrix."""
     from compress.checkpoint import read_report
-    from compress.report import megabytes, sizes
+    from compress.report import megabytes, shown_error, sizes
 
     report = read_report(checkpoint)
     if as_json:
@@ -172,7 +172,7 @@ def inspect(
     for module in report.modules:
         spec = module.spec
         shape = f"{spec['in_features']} -> {spec['out_features']}"
-        numbers = (f"{module.bits_per_weight:.2f}", megabytes(module.packed_bytes), f"{module.error:.4f}")
+        numbers = (f"{module.bits_per_weight:.2f}", megabytes(module.packed_bytes), shown_error(module.error))
         table.add_row(module.name, spec["format"], shape, sizes(spec), *numbers)
     out.print(table)
     out.print(report.table())

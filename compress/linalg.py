@@ -19,14 +19,37 @@ class SecondMoment:
     """
 
     def __init__(
-        self, gram_II: Tensor, seen_II: Tensor | None = None, cross_II: Tensor | None = None, *, unseen: bool = False
+        self, gram_II: Tensor, target_II: Tensor | None = None, cross_II: Tensor | None = None, *, unseen: bool = False
     ) -> None:
-        """`seen_II` E[x' x'^T] and `cross_II` E[x x'^T] are there when the layer sees rounded inputs x' in place of x;
-        `unseen` says that no input was ever non-zero and the moment is a stand-in."""
+        """Where a layer sees x' in place of the inputs x it should answer, `gram_II` is E[x' x'^T], `target_II` E[x x^T] and
+        `cross_II` E[x x'^T]; `unseen` says that no input was ever non-zero and the moment is a stand-in."""
         self.gram_II = gram_II.double()
+        self.target_II = self.gram_II if target_II is None else target_II.double()
+        self.cross_II = self.gram_II if cross_II is None else cross_II.double()
         self.unseen = unseen
-        self.seen_II, self.cross_II = seen_II, cross_II
         self._whitenings: dict[float, tuple[Tensor, Tensor]] = {}
+
+    def fitted(self, weight_NI: Tensor, ridge: float = 0.01) -> Tensor:
+        """The weight that makes least squares of W x out of x', W E[x x'^T] E[x' x'^T]^{-1}; W itself where x' is x.
+
+        A ridge, relative to the mean diagonal, on both factors leaves directions without energy as they are in W.
+        """
+        if self.cross_II is self.gram_II:
+            return weight_NI
+        eye = torch.eye(len(self.gram_II), dtype=torch.float64, device=self.gram_II.device)
+        damp = ridge * self.gram_II.diagonal().mean() * eye
+        right = weight_NI.double() @ (self.cross_II + damp)
+        return torch.linalg.solve(self.gram_II + damp, right.T).T.to(weight_NI.dtype)
+
+    def relative_error(self, weight_NI: Tensor, approximation_NI: Tensor) -> float:
+        """||W x - What x'|| / ||W x|| in the mean over the tokens, fp64; 0 when W x is."""
+        weight, other = weight_NI.double(), approximation_NI.double()
+        energy = ((weight @ self.target_II) * weight).sum()
+        if self.cross_II is self.gram_II:  # one small difference instead of the difference of large numbers
+            error = (((weight - other) @ self.gram_II) * (weight - other)).sum()
+        else:
+            error = energy - 2 * ((weight @ self.cross_II) * other).sum() + ((other @ self.gram_II) * other).sum()
+        return float((error / energy).clamp_min(0).sqrt()) if energy > 0 else 0.0
 
     def whitening(self, damping: float) -> tuple[Tensor, Tensor]:
         """`whitening(gram_II, damping)`, remembered."""

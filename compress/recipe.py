@@ -48,8 +48,10 @@ class Calibration(_Strict):
         "stream", description="stream: documents joined and cut to full length; documents: one each, padded"
     )
     chat_template: bool = Field(False, description="format rows as chats (columns messages, or instruction/input/output)")
-    inputs: Literal["compressed", "original"] = Field(
-        "compressed", description="statistics of a block: after compressed predecessors, or in the original model"
+    inputs: Literal["compressed", "original", "paired"] = Field(
+        "compressed",
+        description="statistics of a block: after compressed predecessors, in the original model, or paired: what comes "
+        "from compressed predecessors is fitted to what the original would answer",
     )
 
 

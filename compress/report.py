@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -15,18 +17,19 @@ from compress.layers import Spec, dense_bytes, layer_class, packed_bytes
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One compressed matrix. Bytes are those on disk; `error` is ||X(W - What)|| / ||XW|| on the calibration inputs."""
+    """One compressed matrix. Bytes are those on disk; `error` is ||X(W - What)|| / ||XW|| on the calibration inputs, or None
+    when only the checkpoint is left to tell."""
 
     name: str
     method: str
     spec: dict[str, Any]
     dense_bytes: int
     packed_bytes: int
-    error: float
+    error: float | None
     seconds: float
 
     @classmethod
-    def of(cls, name: str, method: str, spec: Spec, error: float, seconds: float) -> ModuleReport:
+    def of(cls, name: str, method: str, spec: Spec, error: float | None, seconds: float) -> ModuleReport:
         return cls(name, method, spec, dense_bytes(spec), packed_bytes(spec), error, round(seconds, 3))
 
     @property
@@ -65,22 +68,32 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return asdict(replace(self, totals=self.summary()))
 
+    @classmethod
+    def of_specs(cls, specs: Mapping[str, Spec], checkpoint_bytes: int, dense_checkpoint_bytes: int) -> Report:
+        """What config.json alone tells about a checkpoint that lost its report; the format stands for the method."""
+        in_order = sorted(specs, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(6), name))
+        modules = [ModuleReport.of(name, specs[name]["format"], specs[name], None, 0.0) for name in in_order]
+        return cls(modules, "", {}, {}, 0.0, 0, {}, {}, checkpoint_bytes, dense_checkpoint_bytes)
+
     @property
-    def worst(self) -> ModuleReport:
-        return max(self.modules, key=lambda module: module.error)
+    def worst(self) -> ModuleReport | None:
+        """The matrix with the largest error; None when the errors are not known."""
+        known = [module for module in self.modules if module.error is not None]
+        return max(known, key=lambda module: module.error, default=None)
 
     def summary(self) -> dict[str, Any]:
         dense = sum(module.dense_bytes for module in self.modules)
         packed = sum(module.packed_bytes for module in self.modules)
+        errors = [module.error for module in self.modules if module.error is not None]
         return {
             "dense_bytes": dense,
             "packed_bytes": packed,
             "measured_ratio": 1 - packed / dense,
             "bits_per_weight": 16 * packed / dense,
             "bits_per_activation": sum(m.dense_bytes * m.activation_bits for m in self.modules) / dense,
-            "mean_error": sum(module.error for module in self.modules) / len(self.modules),
-            "worst_error": self.worst.error,
-            "worst_module": self.worst.name,
+            "mean_error": sum(errors) / len(errors) if errors else None,
+            "worst_error": self.worst and self.worst.error,
+            "worst_module": self.worst and self.worst.name,
         }
 
     def table(self) -> Table:
@@ -96,12 +109,18 @@ class Report:
         size("whole checkpoint", self.dense_checkpoint_bytes, self.checkpoint_bytes)
         bits = f"{totals['bits_per_weight']:.2f} weights, {totals['bits_per_activation']:.2f} activations"
         table.add_row("bits, scales counted", "16", bits, "")
-        table.add_row("mean output error", "", f"{totals['mean_error']:.4f}", "")
-        table.add_row("worst output error", "", f"{totals['worst_error']:.4f}", self.worst.name)
+        if self.worst is None:
+            return table  # only sizes are known
+        table.add_row("mean output error", "", shown_error(totals["mean_error"]), "")
+        table.add_row("worst output error", "", shown_error(self.worst.error), self.worst.name)
         table.add_row("calibration tokens", "", f"{self.calibration['tokens']}", "")
         table.add_row("time", "", duration(self.seconds), "")
         table.add_row("peak memory", "", megabytes(self.peak_memory_bytes), "")
         return table
+
+
+def shown_error(error: float | None) -> str:
+    return "unknown" if error is None else f"{error:.4f}"
 
 
 def megabytes(count: float) -> str:

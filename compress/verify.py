@@ -42,25 +42,28 @@ def validate(path: Path, tensors: Mapping[str, StoredTensor], specs: Mapping[str
     Raises:
         CompressError: the first thing that does not fit, with file, tensor, what was expected and what came.
     """
-    for name, (shape, dtype) in (expected_tensors(check_saved(cache)) if cache else {}).items():
-        _require_tensor(path, tensors, name, shape, dtype)
+    require_shapes(path, tensors, specs, cache)
     with torch.device("cpu"):  # from_pretrained calls this while it builds on the meta device
         for name, spec in specs.items():
-            _validate_module(path, tensors, name, spec)
+            layer = layer_class(spec["format"])
+            integers = {key: dtype for key, (_, dtype) in layer.tensors(spec).items() if not dtype.is_floating_point}
+            try:
+                layer.check(spec, {key: tensors[f"{name}.{key}"].read() for key in integers})
+            except ValueError as error:
+                raise CompressError(f"{path} is damaged: {name}: {error}") from error
 
 
-def _validate_module(path: Path, tensors: Mapping[str, StoredTensor], name: str, spec: Spec) -> None:
-    try:
-        expected = all_tensors(spec)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CompressError(f"{path / 'config.json'}: the entry of {name} is damaged: {error}") from error
-    for key, (shape, dtype) in expected.items():
-        _require_tensor(path, tensors, f"{name}.{key}", tuple(shape), dtype)
-    integers = {key: tensors[f"{name}.{key}"].read() for key, (_, dtype) in expected.items() if not dtype.is_floating_point}
-    try:
-        layer_class(spec["format"]).check(spec, integers)
-    except ValueError as error:
-        raise CompressError(f"{path} is damaged: {name}: {error}") from error
+def require_shapes(path: Path, tensors: Mapping[str, StoredTensor], specs: Mapping[str, Spec], cache: Any = None) -> None:
+    """The part of `validate` that reads headers alone."""
+    for name, (shape, dtype) in (expected_tensors(check_saved(cache)) if cache else {}).items():
+        _require_tensor(path, tensors, name, shape, dtype)
+    for name, spec in specs.items():
+        try:
+            expected = all_tensors(spec)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CompressError(f"{path / 'config.json'}: the entry of {name} is damaged: {error}") from error
+        for key, (shape, dtype) in expected.items():
+            _require_tensor(path, tensors, f"{name}.{key}", tuple(shape), dtype)
 
 
 def _require_tensor(

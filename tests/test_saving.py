@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import compress
 from compress.cache.attached import CACHE_MODULE, new_cache
-from compress.checkpoint import GUARD
+from compress.checkpoint import GUARD, read_report
+from compress.cli import app
 from compress.layers import CompressedLinear
 from compress.recipe import Recipe
 from compress.run import run
 from helpers import save_tiny, tiny_recipe
 
+UP = "model.layers.1.mlp.up_proj"
 IDS = torch.arange(3, 60)[None]
 
 
@@ -116,3 +119,18 @@ def test_a_dequantized_model_saves_as_a_plain_one(rotated: Path, tmp_path: Path)
 def test_device_map_auto(tiny_compressed: Path) -> None:
     model = compress.load(tiny_compressed, device_map="auto")
     assert torch.allclose(logits(model).cpu(), logits(compress.load(tiny_compressed)), atol=1e-5)
+
+
+def test_a_checkpoint_without_its_report_still_tells_its_sizes(tiny_compressed: Path, tmp_path: Path) -> None:
+    compress.load(tiny_compressed).save_pretrained(tmp_path / "again")
+    (tmp_path / "again" / "report.json").unlink()
+    told, known = read_report(tmp_path / "again"), read_report(tiny_compressed)
+    assert {m.name: (m.spec, m.packed_bytes) for m in told.modules} == {
+        m.name: (m.spec, m.packed_bytes) for m in known.modules
+    }
+    assert [m.name.split(".")[2] for m in told.modules] == [m.name.split(".")[2] for m in known.modules]
+    assert told.checkpoint_bytes == known.checkpoint_bytes
+    assert told.modules[0].error is None and told.worst is None and told.table().row_count < known.table().row_count
+    json.dumps(told.to_dict(), allow_nan=False)
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "again")])
+    assert shown.exit_code == 0 and "unknown" in shown.stdout and UP in shown.stdout

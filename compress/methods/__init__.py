@@ -59,15 +59,6 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"compress.methods.{name}")
 
 
-def relative_output_error(weight_NI: Tensor, approximation_NI: Tensor, gram_II: Tensor) -> float:
-    """||X (W - What)||_F / ||X W||_F from the Gram matrix of X, in fp64; not squared, not damped; 0 where X W = 0."""
-    gram = gram_II.double()
-    error = (weight_NI - approximation_NI).double()
-    weight = weight_NI.double()
-    whole = ((weight @ gram) * weight).sum()
-    return float((((error @ gram) * error).sum() / whole).clamp_min(0).sqrt()) if whole > 0 else 0.0
-
-
 def bf16(tensor: Tensor) -> Tensor:
     """The one cast of the factors to their storage dtype."""
     return tensor.to(torch.bfloat16).contiguous()

@@ -7,7 +7,6 @@ from functools import partial
 from math import log2
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -74,20 +73,8 @@ def _clip(config: IntegerConfig, sharing: int) -> float:
 def to_packed(weight_NI: Tensor, inputs: SecondMoment, spec: Spec, solve: Solve) -> dict[str, Tensor]:
     """Quantize in the coordinates of the storage; `solve(weight, gram, groups)` gives codes and scales."""
     weight, gram = to_storage(spec, weight_NI.double()), stored_gram(spec, inputs.gram_II)
-    if inputs.seen_II is not None:
-        weight, gram = _fitted_to_seen(weight, stored_gram(spec, inputs.seen_II), stored_gram(spec, inputs.cross_II))
     codes, scales = solve(weight.float(), gram, column_groups(spec))
     return packed_tensors(spec, codes, scales)
-
-
-def _fitted_to_seen(weight_NI: Tensor, seen_II: Tensor, cross_II: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight that makes least squares of W x out of rounded inputs x', W E[x x'^T] E[x' x'^T]^{-1}, and their moment.
-
-    A ridge of 1 % of the mean diagonal on both factors draws directions without energy to the weight as it was.
-    """
-    ridge = 0.01 * seen_II.diagonal().mean() * torch.eye(len(seen_II), dtype=seen_II.dtype, device=seen_II.device)
-    fitted = torch.linalg.solve(seen_II + ridge, (weight_NI @ (cross_II + ridge)).T).T
-    return fitted, seen_II
 
 
 def gptq_packed(weight_NI: Tensor, inputs: SecondMoment, spec: Spec, config: GptqConfig) -> dict[str, Tensor]:

@@ -78,3 +78,37 @@ def test_uncalled_linear_is_named() -> None:
     runner.embed()
     with pytest.raises(CompressError, match="spare is not called"):
         runner.grams(0, {"spare": torch.nn.Linear(2, 2)}, keep=False)
+
+
+def test_paired_streams_meet_at_every_linear() -> None:
+    """Block 0 is changed for one stream only; in block 1 each token's two inputs are known from running both models."""
+    runner = runner_for("llama", padded=True)
+    linear, names = runner.blocks[1].mlp.down_proj, ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    linears = {name: runner.blocks[1].get_submodule(name) for name in names}
+    changed = runner.blocks[0].mlp.down_proj.weight.data
+    runner.embed()
+    runner.pair()
+    runner.run_reference(0)
+    before = changed.clone()
+    changed.mul_(0.7)
+    runner.run(0, keep=True)
+
+    def inputs() -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        handle = linear.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+        with torch.inference_mode():
+            for ids, mask in runner.batches:
+                runner.model(ids, attention_mask=mask.long(), use_cache=False)
+        handle.remove()
+        return torch.cat([x[mask] for x, (_, mask) in zip(seen, runner.batches, strict=True)]).double()
+
+    compressed = inputs()
+    changed.copy_(before)
+    original = inputs()
+    grams = runner.grams(1, linears, keep=True)
+    assert grams["mlp.gate_proj"] is grams["mlp.up_proj"]
+    gram, tokens = grams["mlp.down_proj"], len(original)
+    assert torch.allclose(gram.target.mean(), original.T @ original / tokens, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(gram.seen.mean(), compressed.T @ compressed / tokens, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(gram.cross_II / tokens, original.T @ compressed / tokens, rtol=1e-4, atol=1e-5)
+    assert (runner.hidden[0] - runner.reference[0]).abs().max() > 1e-3  # both moved on
