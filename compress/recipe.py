@@ -14,7 +14,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,10 @@ from compress import methods
 from compress.cache import read_config
 from compress.cache.layer import CacheConfig
 from compress.errors import CompressError
+from compress.shipped import read_text, shipped
 from compress.suggest import unknown
+
+__all__ = ["Calibration", "KvCache", "Recipe", "Rule", "read_text", "shipped"]
 
 
 class _Strict(BaseModel):
@@ -40,8 +42,8 @@ class Calibration(_Strict):
     split: str = Field("train", description="split of a hub data set")
     column: str = Field("text", description="text column of .jsonl, .parquet and hub data")
     samples: int = Field(128, ge=1, description="number of sequences")
-    length: int = Field(1024, ge=2, description="tokens per sequence")
-    seed: int = Field(0, ge=0, description="which stretches of the text are taken")
+    length: int = Field(1024, ge=2, le=1 << 20, description="tokens per sequence")
+    seed: int = Field(0, ge=0, le=methods.MAX_SEED, description="which stretches of the text are taken")
     layout: Literal["stream", "documents"] = Field(
         "stream", description="stream: documents joined and cut to full length; documents: one each, padded"
     )
@@ -151,25 +153,6 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.resolved(), sort_keys=False)
 
 
-def shipped() -> list[str]:
-    """Names of the recipes that come with the package."""
-    folder = resources.files("compress.recipes")
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
-
-
-def read_text(name_or_path: str | Path) -> str:
-    """The YAML text of a shipped recipe or of a file."""
-    name = str(name_or_path)
-    if name in shipped():
-        return resources.files("compress.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    path = Path(name)
-    if path.suffix in {".yaml", ".yml"} or "/" in name:
-        if not path.is_file():
-            raise CompressError(f"recipe file {name} does not exist")
-        return path.read_text(encoding="utf-8")
-    raise CompressError(unknown("recipe", name, shipped()))
-
-
 def yaml_mapping(text: str, origin: str) -> dict[str, Any]:
     """Parse YAML that must be a mapping."""
     try:
@@ -186,7 +169,10 @@ def _parse_rule(rule: Any) -> Rule:
         raise ValueError(f"a rule needs a `method`, one of {', '.join([*methods.names(), 'none'])}; got {rule!r}")
     options = dict(rule)
     method, targets = options.pop("method"), options.pop("targets", ("*_proj",))
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    targets = [targets] if isinstance(targets, str) else targets
+    if not isinstance(targets, list | tuple) or not targets or not all(isinstance(pattern, str) for pattern in targets):
+        raise ValueError(f"targets: expected a pattern or a list of them, for example ['*_proj']; got {targets!r}")
+    targets = tuple(targets)
     if method == "none":
         if options:
             raise ValueError(f"method none takes no options, got {', '.join(options)}")

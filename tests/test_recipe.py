@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from compress import methods
@@ -56,10 +58,41 @@ def test_mistakes_are_named_on_one_line(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("override", ["weights", "weights.ratio.x=1", "=3"])
-def test_bad_overrides(override: str) -> None:
-    with pytest.raises(CompressError, match="--set"):
+OVERRIDES = {
+    "weights": "--set expects key=value",
+    "weights.ratio.x=1": "--set",
+    "=3": "--set",
+    "weights.targets=5": r"targets: expected a pattern or a list of them, for example \['\*_proj'\]; got 5",
+    "weights.targets=null": "targets: expected a pattern .* got None",
+    "weights.targets=[5]": "targets: expected a pattern",
+    "weights.targets=[]": "targets: expected a pattern",
+    "weights.method=5": "unknown method 5; available: cospadi",
+    "weights.method=null": "unknown method None",
+    "weights.method=[1]": "unknown method",
+    "weights.seed=-1": r"weights\.seed: .* got -1",
+    "weights.damping=.inf": r"weights\.damping: .*finite",
+    "weights.damping=.nan": r"weights\.damping: ",
+    "weights=null": "expected one rule",
+    "calibration=5": "recipe: calibration: ",
+    "calibration.seed=100000000000000000000000": r"calibration\.seed: .*less than or equal to 9223372036854775807",
+    "calibration.length=1000000000000": r"calibration\.length: .*less than or equal to",
+    "calibration.dataset=5": r"calibration\.dataset: .*valid string",
+    "kv_cache.method=5": "unknown KV cache method 5",
+    "kv_cache={5: 3}": "KV cache: 5: ",
+}
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_bad_overrides_are_named_on_one_line(override: str) -> None:
+    with pytest.raises(CompressError, match=OVERRIDES[override]) as caught:
         Recipe.load("cospadi-20", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_is_utf8(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes("weights: {method: cospadi} # caf\xe9".encode("latin1"))
+    with pytest.raises(CompressError, match="not UTF-8 text"):
+        Recipe.load(tmp_path / "r.yaml")
 
 
 def test_unknown_recipe_suggests() -> None:

@@ -24,11 +24,13 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.suggest import unknown
 
+MAX_SEED = 2**63 - 1  # what every random generator takes
+
 
 class MethodConfig(BaseModel):
     """Base of every method's options: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from compress.kernels.sparse_dictionary import pack_mask
 from compress.layers import Spec
 from compress.linalg import SecondMoment, power_of_two
-from compress.methods import MethodConfig, Site, bf16
+from compress.methods import MAX_SEED, MethodConfig, Site, bf16
 from compress.solvers import ksvd, orthogonal
 
 
@@ -36,7 +36,7 @@ class Config(MethodConfig):
     refits: int = Field(12, ge=0, description="orthogonal: rounds with a free dictionary")
     power_iterations: int = Field(6, ge=1, description="ksvd: power iterations per atom")
     damping: float = Field(1e-6, ge=0, description="added to the Gram matrix, relative to its mean diagonal")
-    seed: int = Field(42, description="ksvd: the random start")
+    seed: int = Field(42, ge=0, le=MAX_SEED, description="ksvd: the random start")
 
 
 def plan(site: Site, config: Config) -> Spec:

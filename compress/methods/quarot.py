@@ -13,14 +13,14 @@ from torch import Tensor
 
 from compress.layers import Spec
 from compress.linalg import SecondMoment
-from compress.methods import Site
+from compress.methods import MAX_SEED, Site
 from compress.methods._integers import GptqConfig, gptq_flops, gptq_packed, integer_spec
 from compress.rotation import Wanted
 
 
 class Config(GptqConfig):
     group_size: int = Field(0, ge=0, description="input columns that share a scale; 0: one scale per output channel")
-    seed: int = Field(0, ge=0, description="the random signs")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="the random signs")
 
 
 def rotation(config: Config, hidden_size: int, head_dim: int) -> Wanted:

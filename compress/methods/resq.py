@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compress.layers import Spec
 from compress.linalg import SecondMoment
-from compress.methods import Site
+from compress.methods import MAX_SEED, Site
 from compress.methods._integers import GptqConfig, gptq_flops, gptq_packed, integer_spec
 from compress.rotation import Wanted, high_channels, high_per_head
 
@@ -35,7 +35,7 @@ class Config(GptqConfig):
     heads_basis: Literal["pca", "hadamard", "none"] = Field("pca", description="U_B, of the values")
     hadamard: bool = Field(True, description="U_D, the transform of down_proj's input")
     weight_share: float = Field(0.0, ge=0, le=1, description="share of the weights' own moments in what picks directions")
-    seed: int = Field(0, ge=0, description="the random rotations inside the parts")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="the random rotations inside the parts")
 
 
 def rotation(config: Config, hidden_size: int, head_dim: int) -> Wanted:
