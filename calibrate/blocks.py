@@ -23,6 +23,9 @@ Batch = tuple[Tensor, Tensor | None]
 View = tuple[Any, Callable[[Tensor], Tensor]]
 
 
+_NOT_FINITE = "hold NaN or infinite values"
+
+
 class _Stop(Exception):
     """Raised inside the model's forward once the wanted value has been seen."""
 
@@ -57,7 +60,7 @@ class BlockRunner:
         """Run block `index` on all batches; with `keep` its outputs become the new hidden states.
 
         Raises:
-            CompressError: the block's output is not finite, with its number.
+            CompressError: the block's output is not finite, with the layer where that began.
         """
         outputs = self._outputs(index, self.hidden, keep=keep)
         if keep:
@@ -87,8 +90,32 @@ class BlockRunner:
         with torch.inference_mode(), self._replaced({**dict.fromkeys(range(index), self._pass), index: wanted}):
             self._drive({"inputs_embeds": stored}, mask)
         if not torch.isfinite(result if mask is None or not keep else result[mask]).all():
-            raise CompressError(f"activations after block {index} hold NaN or infinite values")
+            first = self._first_not_finite(index, state, mask)
+            raise CompressError(f"activations {_NOT_FINITE}, first in {first or f'the output of block {index}'}")
         return result
+
+    def _first_not_finite(self, index: int, state: Tensor, mask: Tensor | None) -> str | None:
+        """Run a batch through a block again: the first linear whose output is not finite; None when there is none."""
+        found: list[str] = []
+
+        def look(name: str) -> Callable:
+            def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+                real = output[mask] if mask is not None and output.shape[:2] == mask.shape else output
+                if not torch.isfinite(real).all():
+                    found.append(f"the output of {name}")
+                    raise _Stop
+
+            return hook
+
+        inside = set(self.blocks[index].modules())
+        linears = {n: m for n, m in self.model.named_modules() if m in inside and isinstance(m, nn.Linear)}
+        handles = [linear.register_forward_hook(look(name)) for name, linear in linears.items()]
+        try:
+            self._forward(index, state, mask, keep=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found[0] if found else None
 
     def run_head(self, head: nn.Module, visit: Callable[[Tensor, Tensor | None], None]) -> None:
         """Call `visit(inputs, mask)` with what the output projection would get after the last block."""
@@ -169,16 +196,22 @@ class BlockRunner:
         finally:
             for handle in handles:
                 handle.remove()
-        if keep:
-            self.hidden = outputs
-        if self.reference is not None:
-            self.reference = references
         for name in linears:
             if name not in leader:
                 raise CompressError(f"{name} is not called by its block: leave it out with a rule `method: none`")
             gram = grams[leader[name]]
             if not torch.isfinite((gram.seen if isinstance(gram, SeenGram) else gram).sum_II).all():
-                raise CompressError(f"inputs of {name} hold NaN or infinite values")
+                batches = zip(self.hidden, self.batches, strict=True)
+                first = next(
+                    filter(None, (self._first_not_finite(index, state, mask) for state, (_, mask) in batches)), None
+                )
+                if first:
+                    raise CompressError(f"activations {_NOT_FINITE}, first in {first}")
+                raise CompressError(f"inputs of {name} are too large: their squares overflow fp32")
+        if keep:
+            self.hidden = outputs
+        if self.reference is not None:
+            self.reference = references
         return {name: grams[leader[name]] for name in linears}
 
     def _pass(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

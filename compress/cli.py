@@ -1,23 +1,25 @@
 """The command line: five verbs over the Python functions, one table each.
 
 Anything wrong with the input is one line on stderr and exit code 2. What a recipe can say has no flag here; `--set`
-overrides any of its keys.
+overrides any of its keys. Commands import what they need when they run: torch and transformers take seconds.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from compress.console import BarProgress, err, out
 from compress.errors import CompressError
+from compress.version import __version__
 
 app = typer.Typer(
     help="Make a trained Hugging Face language model smaller and faster without training it again.",
@@ -30,11 +32,6 @@ app.add_typer(recipes_app, name="recipes")
 
 _INTERRUPTED = 130  # what typer returns after Ctrl-C when it does not exit by itself
 
-out = Console()
-if not out.is_terminal:
-    out.width = max(out.width, 160)  # a pipe has no width: module names must not be cut to 80 columns
-err = Console(stderr=True, soft_wrap=True)
-
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. weights.ratio=0.3.")
 ]
@@ -42,40 +39,19 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A shipped recipe's name or a YAML file.")]
 
 
-class BarProgress:
-    """Block, matrix, error and remaining time on a rich progress bar."""
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"compress {__version__}", highlight=False)
+        raise typer.Exit
 
-    def __init__(self) -> None:
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=err,
-        )
-        self.task: Any = None
 
-    def __enter__(self) -> BarProgress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def note(self, text: str) -> None:
-        self.bar.console.print(text, highlight=False, markup=False)
-
-    def start(self, matrices: int, done: int) -> None:
-        self.task = self.bar.add_task("gathering statistics", total=matrices, completed=done)
-
-    def matrix(self, module: Any) -> None:
-        self.bar.update(self.task, advance=1, description=f"{module.name} error {module.error:.4f}")
-
-    def count(self, total: int) -> Any:
-        task = self.bar.add_task("windows", total=total)
-        return lambda: self.bar.advance(task)
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and leave.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """What stands before the verb."""
 
 
 @app.command("model")
@@ -92,6 +68,7 @@ def model_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")] = False,
 ) -> None:
     """Calibrate, compress and save a model; the same command resumes a run that was cut off."""
+    load_libraries()
     from compress.forecast import forecast_table
     from compress.prepare import prepare
     from compress.recipe import Recipe
@@ -107,9 +84,24 @@ def model_command(
     if output is None:
         raise CompressError("no output: give -o DIR, or --dry-run to see the plan")
     with BarProgress() as progress:
-        report = run(name, checked, output, device=device, progress=progress)
+        try:
+            report = run(name, checked, output, device=device, progress=progress)
+        except KeyboardInterrupt:
+            raise CompressError(f"interrupted; {_kept(output)}") from None
+        except OSError as error:
+            raise CompressError(f"{_system_error(error)}; {_kept(output)}") from error
     out.print(report.table())
     out.print(f"saved to {output}", highlight=False)
+
+
+def _kept(output: Path) -> str:
+    """What a run that was cut off has left, for its last line."""
+    from compress.staging import staging_of
+
+    staging = staging_of(output)
+    if not staging.exists():
+        return "nothing was left behind"
+    return f"no output was made; finished blocks are kept in {staging}, and the same command goes on after them"
 
 
 @app.command()
@@ -117,42 +109,80 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A compressed checkpoint, or any model.")],
     against: Annotated[str | None, typer.Option(help="The original, measured on the same tokens.")] = None,
     dataset: Annotated[
-        str, typer.Option(help="wikitext2, python-docs, a hub id, or a .txt/.jsonl/.parquet file.")
+        str,
+        typer.Option(help="wikitext2, python-docs, a hub id, or a .txt/.jsonl/.parquet file; none measures only tasks."),
     ] = "wikitext2",
+    config: Annotated[str | None, typer.Option(help="Configuration name of a hub data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
+    column: Annotated[str, typer.Option(help="Text column of .jsonl, .parquet and hub data.")] = "text",
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
     windows: Annotated[int | None, typer.Option(min=1, help="Only the first N windows.")] = None,
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma separated.")] = "",
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, groups or tags, comma separated.")] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of TASK/SPLIT.jsonl, to run the tasks without the hub.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N documents of each task.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples in the prompt, instead of the task's own number.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON.")] = None,
     device: Device = "auto",
 ) -> None:
     """Perplexity, KL divergence, top-1 agreement and lm-eval tasks, original beside compressed."""
+    load_libraries()
     from compress.evaluate import compare as comparison
+    from compress.evaluate.tasks import check_tasks
     from compress.model import load_for_evaluation
+    from compress.prepare import choose_device
+    from compress.source import open_source
 
-    ours, tokenizer = load_for_evaluation(model, device)
-    theirs = load_for_evaluation(against, device)[0] if against else None
     names = [task.strip() for task in tasks.split(",") if task.strip()]
+    if dataset == "none" and not names:
+        raise CompressError("nothing to measure: give --tasks, or a --dataset")
+    _require_writable(output)
+    if names:
+        names = check_tasks(names, data, shots)
+    chosen = str(choose_device(device))
+    sides = [open_source(side) for side in (model, against) if side]
+    ours, tokenizer = load_for_evaluation(model, chosen)
+    theirs, their_tokenizer = load_for_evaluation(against, chosen) if against else (None, tokenizer)
+    if their_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise CompressError(
+            f"{against} has another vocabulary than {model}; give --against the model it was compressed from"
+        )
+    sizes = [sum(tensor.num_bytes for tensor in side.tensors.values()) for side in sides]
     with BarProgress() as progress:
         result = comparison.compare(
             ours,
             tokenizer,
             theirs,
-            dataset=dataset,
+            dataset=None if dataset == "none" else dataset,
+            config=config,
             split=split,
+            column=column,
             length=length,
             windows=windows,
             tasks=names,
             data=data,
             limit=limit,
+            shots=shots,
+            checkpoint_bytes=(sizes[0], sizes[1] if against else None),
             progress=progress.count,
         )
     result.update(model=model, against=against)
     out.print(comparison.table(result))
     if output:
-        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _require_writable(output: Path | None) -> None:
+    """Hours of measuring must not end at a folder that is not there."""
+    if output is None:
+        return
+    if output.is_dir():
+        raise CompressError(f"{output} is a directory; give -o a file, for example {output / 'figures.json'}")
+    if not output.absolute().parent.is_dir():
+        raise CompressError(f"{output.absolute().parent} does not exist; make it first")
+    if not os.access(output if output.exists() else output.absolute().parent, os.W_OK):
+        raise CompressError(f"{output} cannot be written; choose another -o")
 
 
 @app.command()
@@ -161,6 +191,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Format, sizes, bits per weight, bytes and error of every compressed matrix."""
+    load_libraries()
     from compress.checkpoint import read_report
     from compress.report import megabytes, shown_error, sizes
 
@@ -185,6 +216,7 @@ def export(
     format: Annotated[str, typer.Option(help="dense: an ordinary bf16 checkpoint for any engine.")] = "dense",
 ) -> None:
     """Write the compressed model in a form that other tools read."""
+    load_libraries()
     from compress.export import export_dense
     from compress.report import megabytes
     from compress.suggest import unknown
@@ -197,7 +229,7 @@ def export(
 @recipes_app.command("list")
 def recipes_list() -> None:
     """Names and first lines of the shipped recipes."""
-    from compress.recipe import read_text, shipped
+    from compress.shipped import read_text, shipped
 
     for name in shipped():
         out.print(f"{name:<22} {read_text(name).splitlines()[0].lstrip('# ')}", highlight=False, soft_wrap=True)
@@ -225,32 +257,42 @@ def recipes_check(
 
 
 def main() -> None:
-    """Entry point of the console script: every expected failure is one line and exit code 2."""
-    quiet_libraries()
+    """Every expected failure is one line and exit code 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         status = app(standalone_mode=False)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         status = _INTERRUPTED
     except CompressError as error:
         _fail(str(error))
     except OSError as error:  # no space left, no permission: the system's own words name the file
-        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        _fail(_system_error(error))
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors have it; anything else is our bug
             raise
-        _fail(f"{error.format_message()} Try --help.")
+        message = error.format_message()
+        if not message:  # no verb: the help has been shown
+            sys.exit(2)
+        _fail(f"{message} Try --help.")
     if status == _INTERRUPTED:
-        _fail("interrupted; no output was made, and the same command goes on after the last finished block, if there is one")
+        _fail("interrupted")
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def quiet_libraries() -> None:
-    """Our progress bar and errors are what a user reads; the libraries' own bars and hints would bury them."""
-    from transformers.utils import logging
+def _system_error(error: OSError) -> str:
+    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
 
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+
+def load_libraries() -> None:
+    """Register the format with transformers, and quieten it: its bars and hints would bury what a user must read."""
+    from transformers.utils import logging as transformers_logging
+
+    import compress.hf  # noqa: F401
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for library in ("datasets", "lm_eval"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _fail(message: str) -> None:

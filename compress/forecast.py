@@ -9,6 +9,7 @@ from rich.table import Table
 
 from compress import methods
 from compress.layers import dense_bytes, packed_bytes
+from compress.plan import Job, Plan
 from compress.prepare import Prepared
 from compress.report import duration, megabytes, sizes
 
@@ -56,6 +57,21 @@ def _flops_per_second(device: torch.device) -> float:
         x = torch.tanh(x @ x)
     x.sum().item()  # waits for a GPU
     return 8 * 2 * 1024**3 / (time.perf_counter() - start)
+
+
+def size_notes(plan: Plan) -> list[str]:
+    """One line per distinct shape and format: what the matrices of that shape become."""
+    groups: dict[tuple, list[Job]] = {}
+    for job in plan.jobs:
+        groups.setdefault(tuple(sorted((key, str(value)) for key, value in job.spec.items() if key != "bias")), []).append(
+            job
+        )
+    notes = []
+    for jobs in groups.values():
+        spec, leaves = jobs[0].spec, ", ".join(dict.fromkeys(job.name.rpartition(".")[2] for job in jobs))
+        shape = f"{spec['in_features']} -> {spec['out_features']}"
+        notes.append(f"{len(jobs)} x {shape} ({leaves}): {spec['format']}, {sizes(spec)}")
+    return notes
 
 
 def forecast_table(prepared: Prepared) -> Table:

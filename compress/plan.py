@@ -79,7 +79,12 @@ def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
     by_block: dict[int, list[Job]] = {}
     for job in jobs:
         by_block.setdefault(job.block, []).append(job)
-    return Plan(blocks_name, len(blocks), tuple(jobs), _notes(blocks, routers), by_block)
+    unmatched = [
+        name
+        for name in candidates
+        if name != head and "experts" not in name and not any(rule.matches(name) for rule in recipe.weights)
+    ]
+    return Plan(blocks_name, len(blocks), tuple(jobs), _notes(blocks, routers, unmatched), by_block)
 
 
 def _spec(model: nn.Module, name: str, module: nn.Linear, source: Source, rule: Rule) -> Spec:
@@ -124,8 +129,14 @@ def _is_router(model: nn.Module, name: str, module: nn.Linear) -> bool:
     return bool(experts) and name.rpartition(".")[2] in {"gate", "router", "shared_expert_gate"}
 
 
-def _notes(blocks: nn.ModuleList, routers: set[str]) -> tuple[str, ...]:
-    experts = sum(parameter.ndim == 3 for parameter in blocks.parameters())
-    if not experts and not routers:
-        return ()
-    return (f"left as they are: {experts} expert tensors and the routers of a mixture-of-experts model",)
+def _notes(blocks: nn.ModuleList, routers: set[str], unmatched: list[str]) -> tuple[str, ...]:
+    notes = []
+    experts = sum("experts" in name for name, _ in blocks.named_parameters())
+    if experts or routers:
+        notes.append(f"left as they are: {experts} expert tensors and the routers of a mixture-of-experts model")
+    if unmatched:
+        leaves = sorted({name.rpartition(".")[2] for name in unmatched})
+        notes.append(
+            f"left as they are: {len(unmatched)} linears of the blocks that no target matches ({', '.join(leaves)})"
+        )
+    return tuple(notes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +12,11 @@ import torch
 from rich.table import Table
 
 from compress.layers import Spec, dense_bytes, layer_class, packed_bytes
+
+try:
+    import resource
+except ImportError:  # Windows keeps no such record
+    resource = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Report:
     calibration: dict[str, Any]
     versions: dict[str, str]
     seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     recipe: dict[str, Any]
     identity: dict[str, str]
     checkpoint_bytes: int = 0
@@ -115,7 +119,8 @@ class Report:
         table.add_row("worst output error", "", shown_error(self.worst.error), self.worst.name)
         table.add_row("calibration tokens", "", f"{self.calibration['tokens']}", "")
         table.add_row("time", "", duration(self.seconds), "")
-        table.add_row("peak memory", "", megabytes(self.peak_memory_bytes), "")
+        peak = "unknown" if self.peak_memory_bytes is None else megabytes(self.peak_memory_bytes)
+        table.add_row("peak memory", "", peak, "")
         return table
 
 
@@ -142,9 +147,11 @@ def sizes(spec: Spec) -> str:
     return ", ".join(f"{key} {value}" for key, value in spec.items() if key not in known)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak resident memory of this process, or of the GPU's allocator when the work ran there."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Peak resident memory of this process, or of the GPU's allocator when the work ran there; None where nobody knows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

@@ -23,6 +23,7 @@ from compress.bases import rotated, write_cache_bases, write_rotated
 from compress.blockwise import Progress, Silent, compress_blocks
 from compress.calibrate import data
 from compress.errors import CompressError
+from compress.forecast import size_notes
 from compress.lineage import Lineage, model_identity
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
@@ -58,7 +59,7 @@ def run(
     staging = staging_of(output)
     _require_new(output, recipe)
     prepared = prepare(model, recipe, device)
-    for note in prepared.plan.notes:
+    for note in (*prepared.plan.notes, *size_notes(prepared.plan)):
         progress.note(note)
     tokens = _tokens(prepared, texts)
     for note in (f"calibrating on {tokens.count} tokens ({len(tokens.ids)} sequences) of {tokens.origin}", *tokens.notes):

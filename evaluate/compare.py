@@ -1,9 +1,16 @@
-"""`compress evaluate`: one JSON-ready result and one table, the original beside the compressed model."""
+"""`compress evaluate`: one JSON-ready result and one table, the original beside the compressed model.
+
+    {"protocol": ..., "environment": ..., "compressed": {"quality", "tasks", "checkpoint_bytes"}, "original": the same,
+     "difference": {"quality": {figure, figure_stderr}, "tasks": {task: {metric, metric_stderr}}}}
+
+Differences are compressed less original, their standard errors those of paired values (the same windows, the same
+documents); a figure that is no mean over documents has a difference without an error.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +18,15 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from compress.evaluate.quality import measure
-from compress.evaluate.tasks import run_tasks
+from compress.checkpoint import versions
+from compress.errors import CompressError
+from compress.evaluate.quality import cache_spec, differences, finite, mean_and_error, measure
+from compress.evaluate.tasks import TaskResult, run_tasks
 from compress.evaluate.text import make_windows
+from compress.report import megabytes
+
+_FIGURES = {"perplexity": "perplexity", "kl": "KL divergence (nats)", "top1_agreement": "top-1 agreement"}
+_OF_THE_ORIGINAL = {"kl": 0.0, "top1_agreement": 1.0}  # by definition
 
 
 def compare(
@@ -21,79 +34,143 @@ def compare(
     tokenizer: Any,
     original: nn.Module | None = None,
     *,
-    dataset: str = "wikitext2",
+    dataset: str | Sequence[str] | None = "wikitext2",
+    config: str | None = None,
     split: str = "test",
+    column: str = "text",
     length: int = 2048,
     windows: int | None = None,
     tasks: Sequence[str] = (),
     data: str | Path | None = None,
     limit: int | None = None,
+    shots: int | None = None,
+    checkpoint_bytes: tuple[int, int | None] | None = None,
     progress: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
 ) -> dict[str, Any]:
     """Quality of both models on the same windows and tasks.
 
     Args:
+        dataset, config, split, column: the text; None measures tasks only.
         windows: the first so many windows; None takes the whole text.
-        data, limit: see `run_tasks`.
+        data, limit, shots: see `run_tasks`.
+        checkpoint_bytes: sizes on disk of the model and of the original.
         progress: called with the number of windows, returns what to call after each.
+    Raises:
+        CompressError: models of different vocabularies, or anything wrong with the text or the tasks.
     """
-    tokens = make_windows(dataset, tokenizer, length=length, limit=windows, split=split)
-    ours, theirs = measure(model, tokens.ids, original, progress(len(tokens.ids)))
+    if original is not None:
+        _require_same_vocabulary(model, original)
     result: dict[str, Any] = {
-        "protocol": {
-            "dataset": dataset,
-            "split": split,
-            "length": length,
-            "windows": len(tokens.ids),
-            "notes": list(tokens.notes),
-        },
-        "compressed": {"quality": ours.summary()},
+        "protocol": {"kv_cache": cache_spec(model)},
+        "environment": _environment(model),
+        "compressed": {},
+    }
+    if original is not None:
+        result["original"], result["difference"] = {}, {}
+    for side, size in zip(("compressed", "original"), checkpoint_bytes or (), strict=False):
+        if size is not None:
+            result[side]["checkpoint_bytes"] = size
+    if dataset is not None:
+        tokens = make_windows(dataset, tokenizer, length=length, limit=windows, split=split, config=config, column=column)
+        result["protocol"] |= {
+            "dataset": tokens.origin, "config": config, "split": split, "column": column,
+            "length": length, "windows": len(tokens.ids), "tokens": tokens.count, "notes": list(tokens.notes),
+        }  # fmt: skip
+        ours, theirs = measure(model, tokens.ids, original, progress(len(tokens.ids)))
+        result["compressed"]["quality"] = ours.summary()
+        if theirs is not None:
+            result["original"]["quality"] = theirs.summary() | _OF_THE_ORIGINAL
+            result["difference"]["quality"] = differences(ours, theirs)
+    if tasks:
+        result["environment"]["versions"]["lm_eval"] = metadata.version("lm-eval")
+        result["protocol"] |= {"limit": limit, "shots": shots, "task_data": None if data is None else str(data)}
+        ours_by_task = run_tasks(model, tokenizer, tasks, data=data, limit=limit, shots=shots)
+        result["compressed"]["tasks"] = {task: found.numbers for task, found in ours_by_task.items()}
+        if original is not None:
+            theirs_by_task = run_tasks(original, tokenizer, tasks, data=data, limit=limit, shots=shots)
+            result["original"]["tasks"] = {task: found.numbers for task, found in theirs_by_task.items()}
+            result["difference"]["tasks"] = {
+                task: task_differences(found, theirs_by_task[task]) for task, found in ours_by_task.items()
+            }
+    return result
+
+
+def _require_same_vocabulary(model: nn.Module, original: nn.Module) -> None:
+    ours, theirs = (side.config.get_text_config(decoder=True).vocab_size for side in (model, original))
+    if ours != theirs:
+        raise CompressError(
+            f"the original has a vocabulary of {theirs} tokens, the model one of {ours}; give --against the model it was "
+            "compressed from"
+        )
+
+
+def _environment(model: nn.Module) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {
+        "versions": versions(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
     }
-    if theirs is not None:
-        result["original"] = {"quality": theirs.summary()}
-        difference = ours.nll - theirs.nll  # paired: the same windows
-        result["loss_difference"] = float(difference.mean())
-        if len(difference) > 1:
-            result["loss_difference_stderr"] = float(difference.std() / math.sqrt(len(difference)))
-    if tasks:
-        result["compressed"]["tasks"] = run_tasks(model, tokenizer, tasks, data=data, limit=limit)
-        if original is not None:
-            result["original"]["tasks"] = run_tasks(original, tokenizer, tasks, data=data, limit=limit)
+
+
+def task_differences(ours: TaskResult, theirs: TaskResult) -> dict[str, float | None]:
+    """`ours` less `theirs` in every metric; paired errors where the metric is the mean of its documents' values."""
+    result: dict[str, float | None] = {}
+    for metric, value in ours.numbers.items():
+        other = theirs.numbers.get(metric)
+        if metric.endswith("_stderr"):
+            continue
+        result[metric] = None if value is None or other is None else finite(value - other)
+        pairs = [torch.tensor(side.by_document.get(metric, ()), dtype=torch.float64) for side in (ours, theirs)]
+        error = None
+        if len(pairs[0]) == len(pairs[1]) > 0 and result[metric] is not None:
+            mean, paired = mean_and_error(pairs[0] - pairs[1])
+            error = paired if mean is not None and abs(mean - result[metric]) < 1e-6 else None
+        result[f"{metric}_stderr"] = error
     return result
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Original, compressed, difference; values with their standard errors."""
+    """Original, compressed, difference, each with its standard error; below, what was left out."""
     protocol = result["protocol"]
-    title = f"{protocol['dataset']} {protocol['split']}, {protocol['windows']} windows of {protocol['length']} tokens"
-    table = Table("", "original", "compressed", "difference", title=title)
+    table = Table("", "original", "compressed", "difference", title=_title(protocol))
+    if protocol.get("notes"):
+        table.caption = "\n".join(protocol["notes"])
     for column in table.columns[1:]:
         column.justify = "right"
-    for label, before, after in _pairs(result):
-        change = "" if before is None or after is None else f"{after[0] - before[0]:+.4g}"
-        table.add_row(label, _shown(before), _shown(after), change)
+    sides = [result.get("original", {}), result["compressed"], result.get("difference", {})]
+    for key, label in _FIGURES.items():
+        cells = [_shown(side.get("quality", {}), key, sign=side is sides[2]) for side in sides]
+        if cells[1]:
+            table.add_row(label, *cells)
+    for task, metrics in sides[1].get("tasks", {}).items():
+        for metric in [name for name in metrics if not name.endswith("_stderr")]:
+            cells = [_shown(side.get("tasks", {}).get(task, {}), metric, sign=side is sides[2]) for side in sides]
+            table.add_row(f"{task} {metric}", *cells)
+    before, after = (side.get("checkpoint_bytes") for side in sides[:2])
+    if after is not None:
+        change = f"{100 * (after / before - 1):+.1f} %" if before else ""
+        table.add_row("checkpoint", megabytes(before) if before else "", megabytes(after), change)
     return table
 
 
-def _pairs(result: dict[str, Any]) -> list[tuple[str, tuple | None, tuple | None]]:
-    sides = [result.get("original"), result["compressed"]]
-    rows: list[tuple[str, tuple | None, tuple | None]] = []
-    for key, label in (("perplexity", "perplexity"), ("kl", "KL divergence (nats)"), ("top1_agreement", "top-1 agreement")):
-        values = [_value(side["quality"], key) if side else None for side in sides]
-        if any(values):
-            rows.append((label, *values))
-    for task, metrics in sides[1].get("tasks", {}).items():
-        for metric in [name for name in metrics if not name.endswith("_stderr")]:
-            rows.append((f"{task} {metric}", *[_value(side["tasks"][task], metric) if side else None for side in sides]))
-    return rows
+def _title(protocol: dict[str, Any]) -> str:
+    parts = []
+    if "dataset" in protocol:
+        parts.append(
+            f"{protocol['dataset']} {protocol['split']}, {protocol['windows']} windows of {protocol['length']} tokens"
+        )
+    if protocol["kv_cache"]:
+        cache = protocol["kv_cache"]
+        parts.append(f"keys and values read through the {cache['method']} cache of {cache['bits']} bits")
+    return "; ".join(parts)
 
 
-def _value(numbers: dict[str, float], key: str) -> tuple[float, float] | None:
-    return (numbers[key], numbers.get(f"{key}_stderr", math.nan)) if key in numbers else None
-
-
-def _shown(value: tuple[float, float] | None) -> str:
-    if value is None:
+def _shown(numbers: dict[str, float | None], key: str, *, sign: bool) -> str:
+    if key not in numbers:
         return ""
-    return f"{value[0]:.4g}" + ("" if math.isnan(value[1]) else f" ± {value[1]:.2g}")
+    value, error = numbers[key], numbers.get(f"{key}_stderr")
+    if value is None:
+        return "not finite"
+    return f"{value:{'+' if sign else ''}.4g}" + ("" if error is None else f" ± {error:.2g}")

@@ -2,14 +2,19 @@
 
 Per predicted token: the negative log-likelihood, KL(original || compressed) in nats, and whether both put the same token
 first. Logits become log-probabilities in fp32. Means over tokens; standard errors over windows, because tokens of one
-window are not independent. Cost: one forward pass per model and window; logits of one window are held at a time.
+window are not independent. Differences are paired: both models see the same windows, whose difficulty cancels.
+Numbers that do not exist (the error of a single window) or are not finite are None, so that JSON can hold them.
+A model with a KV cache of its own reads every key and value through it; its caches quantize token by token, so one pass
+sees what decoding would see. Cost: one forward pass per model and window; logits of one window are held at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -28,36 +33,71 @@ class Quality:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll.mean())
+        return float(self.nll.mean().exp())
 
     def summary(self) -> dict[str, Any]:
         """Means and standard errors, ready for JSON. The error of the perplexity is exp's slope times that of the loss."""
-        loss, loss_error = mean_and_error(self.nll)
-        summary = {
-            "windows": len(self.nll),
-            "loss": loss,
-            "loss_stderr": loss_error,
-            "perplexity": self.perplexity,
-            "perplexity_stderr": self.perplexity * loss_error,
-        }
-        for name, values in (("kl", self.kl), ("top1_agreement", self.agreement)):
+        summary = {"windows": len(self.nll)}
+        for name, values in (("loss", self.nll), ("kl", self.kl), ("top1_agreement", self.agreement)):
             if values is not None:
                 summary[name], summary[f"{name}_stderr"] = mean_and_error(values)
+            if name == "loss":
+                summary["perplexity"] = finite(self.perplexity)
+                summary["perplexity_stderr"] = mean_and_error(self.perplexity * self.nll)[1]
         return summary
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean and standard error; the error of a single value is unknown and given as NaN."""
+def differences(ours: Quality, theirs: Quality) -> dict[str, float | None]:
+    """`ours` less `theirs` in every figure, with paired standard errors; the original is at KL 0 and agreement 1."""
+    slopes = ours.perplexity * ours.nll - theirs.perplexity * theirs.nll  # linear in each window's losses
+    columns = {"loss": ours.nll - theirs.nll, "perplexity": slopes, "kl": ours.kl, "top1_agreement": ours.agreement - 1}
+    result: dict[str, float | None] = {}
+    for name, values in columns.items():
+        result[name], result[f"{name}_stderr"] = mean_and_error(values)
+    result["perplexity"] = finite(ours.perplexity - theirs.perplexity)
+    return result
+
+
+def mean_and_error(values: Tensor) -> tuple[float | None, float | None]:
+    """Mean and standard error over independent values; the error of a single value is unknown."""
     error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-    return float(values.mean()), error
+    return finite(float(values.mean())), finite(error)
+
+
+def finite(value: float) -> float | None:
+    """The number, or None for one that JSON cannot hold."""
+    return value if math.isfinite(value) else None
+
+
+def cache_spec(model: nn.Module) -> dict[str, Any] | None:
+    """The options of the KV cache that `log_probabilities` reads through; None for a model without one."""
+    own = new_cache(model, exact_prefill=False)
+    return None if own is None else own.spec
+
+
+@contextmanager
+def through_own_cache(model: nn.Module) -> Iterator[None]:
+    """Let every forward pass that brings no KV cache read its keys and values through the model's own, if it has one."""
+    forward = model.forward
+
+    @wraps(forward)  # generate looks at the signature
+    def cached(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is None:
+            kwargs.update(past_key_values=new_cache(model, exact_prefill=False), use_cache=True)
+        return forward(*args, **kwargs)
+
+    if cache_spec(model) is None:
+        yield
+        return
+    model.forward = cached
+    try:
+        yield
+    finally:
+        del model.forward  # the class's own shows again
 
 
 def log_probabilities(model: nn.Module, window: Tensor) -> Tensor:
-    """`[length - 1, vocabulary]` fp32 log-probabilities of each next token of one window `[length]`.
-
-    A model with a KV cache of its own reads every key and value through it. Its caches quantize token by token, so one
-    pass sees what decoding would see.
-    """
+    """`[length - 1, vocabulary]` fp32 log-probabilities of each next token of one window `[length]`."""
     device = next(model.parameters()).device
     cache = new_cache(model, exact_prefill=False)  # an exact prompt would look lossless
     logits = model(window[None].to(device), past_key_values=cache, use_cache=cache is not None).logits[0, :-1]

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from rich.console import Console
 
-from compress.cli import BarProgress, quiet_libraries
+from compress.cli import load_libraries
+from compress.console import BarProgress
 from compress.evaluate.compare import compare, table
 from compress.model import load_for_evaluation
 from compress.recipe import Recipe
@@ -38,7 +39,7 @@ def hub_answers() -> bool:
 
 def main() -> None:
     console, started = Console(), time.perf_counter()
-    quiet_libraries()
+    load_libraries()
     dataset = "wikitext2" if hub_answers() else "python-docs"
     if dataset == "python-docs":
         console.print("The Hugging Face hub cannot be reached: calibrating and evaluating on disjoint parts of Python's own")

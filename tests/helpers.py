@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,17 @@ def tiny_recipe(**weights: Any) -> dict[str, Any]:
         "calibration": {"dataset": "python-docs", "samples": 8, "length": 64},
         "weights": {"method": "cospadi", "ratio": 0.2, "iterations": 3, "refits": 4, **weights},
     }
+
+
+def task_files(path: Path) -> Path:
+    """Three documents of PIQA and of GSM8K in the hub's schema, as `--data` takes them."""
+    documents = {
+        "piqa/validation": {"goal": "To open a jar", "sol1": "turn the lid", "sol2": "eat the jar", "label": 0},
+        "gsm8k/test": {"question": "What is 2 + 3?", "answer": "2 + 3 = 5\n#### 5"},
+    }
+    for name, row in documents.items():
+        file = path / f"{name}.jsonl"
+        file.parent.mkdir(parents=True)
+        first = next(iter(row))
+        file.write_text("\n".join(json.dumps({**row, first: f"{number}. {row[first]}"}) for number in range(3)))
+    return path

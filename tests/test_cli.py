@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import save_tiny, tiny_recipe
+from compress.version import __version__
+from helpers import save_tiny, task_files, tiny_recipe
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "COLUMNS": "160"}
 
@@ -42,7 +44,9 @@ def test_the_main_job(tiny_llama: Path, recipe_file: Path, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
     done = compress("model", tiny_llama, "--recipe", recipe_file, "-o", tmp_path / "out", "--set", "weights.ratio=0.3")
     assert done.returncode == 0, done.stderr
-    assert "512 tokens" in done.stderr
+    assert done.stderr == "", "a pipe gets no progress bar, and nothing went wrong"
+    assert "512 tokens" in done.stdout and "tokens of the text were not drawn" in done.stdout
+    assert re.search(r"6 x 64 -> 64 \(q_proj, o_proj\): sparse_dictionary, K \d+, s \d+, K/s \d\.\d\d", done.stdout)
     assert "peak memory" in done.stdout and "worst output error" in done.stdout
     assert {file.name for file in (tmp_path / "out").iterdir()} >= {"config.json", "recipe.yaml", "report.json", "README.md"}
 
@@ -58,6 +62,11 @@ def test_the_main_job(tiny_llama: Path, recipe_file: Path, tmp_path: Path) -> No
     assert evaluated.returncode == 0, evaluated.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["compressed"]["quality"]["kl"] > 0 and "perplexity" in evaluated.stdout
+    sizes = [sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (tmp_path / "out", tiny_llama)]
+    for side, size in zip(("compressed", "original"), sizes, strict=True):
+        assert 0 < size - figures[side]["checkpoint_bytes"] < 20_000  # without the headers
+    assert figures["difference"]["quality"]["perplexity_stderr"] > 0
+    assert figures["protocol"]["column"] == "text" and figures["environment"]["versions"]["transformers"]
 
     exported = compress("export", tmp_path / "out", "-o", tmp_path / "dense")
     assert exported.returncode == 0 and (tmp_path / "dense" / "model.safetensors").is_file()
@@ -110,6 +119,9 @@ MISTAKES = {
     "no output": (["-o", ""], "no output|-o"),
     "unknown option": (["--wat"], "No such option"),
     "device": (["--device", "qpu"], "unknown device"),
+    "targets": (["--set", "weights.targets=5"], "targets: expected a pattern"),
+    "method": (["--set", "weights.method=5"], "unknown method 5"),
+    "seed": (["--set", "calibration.seed=100000000000000000000000"], "calibration.seed: .* less than or equal to"),
 }
 
 
@@ -157,23 +169,177 @@ def test_compressed_models_and_existing_outputs_are_refused(
     assert not elsewhere.exists()
 
 
-def test_ctrl_c(tiny_llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "slow.yaml").write_text(json.dumps(tiny_recipe(iterations=100_000)))
-    arguments = command("model", tiny_llama, "--recipe", tmp_path / "slow.yaml", "-o", tmp_path / "out")
+def evaluate_mistakes(model: Path, folder: Path) -> dict[str, tuple[list, str]]:
+    """Arguments behind `evaluate MODEL --dataset python-docs --length 64 --windows 1`, and what the one line says."""
+    data = task_files(folder / "data")
+    (folder / "rows.jsonl").write_text('{"body": "a"}')
+    (folder / "null.jsonl").write_text('{"text": null}')
+    other = save_tiny(folder / "other", vocab_size=300)
+    tokens = save_tiny(folder / "tokens")
+    tokenizer = json.loads((tokens / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tokens / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return {
+        "device": (["--device", "qpu"], "unknown device 'qpu'"),
+        "no gpu": (["--device", "cuda"], "torch finds no GPU here"),
+        "vocabulary": (["--against", other], "vocabulary of 300 tokens"),
+        "tokenizer": (["--against", tokens], "another vocabulary than"),
+        "column": (["--dataset", folder / "rows.jsonl"], r"the columns are body \(give --column\)"),
+        "null": (["--dataset", folder / "null.jsonl"], "holds no text"),
+        "nothing": (["--dataset", "none"], "nothing to measure"),
+        "folder": (["-o", folder / "no" / "f.json"], "no does not exist; make it first"),
+        "directory": (["-o", folder], "is a directory; give -o a file"),
+        "task": (["--tasks", "piqua"], "unknown task 'piqua'; did you mean 'piqa'"),
+        "task data": (["--tasks", "piqa", "--data", folder / "no"], "is no directory"),
+        "split": (["--tasks", "gsm8k", "--data", data], "gsm8k shows 5 examples of its train split"),
+        "tag": (["--tasks", "ai2_arc", "--data", data], r"arc_challenge holds no test\.jsonl"),
+        "length": (["--length", "1"], "greater than or equal to 2"),
+    }
+
+
+def test_mistakes_of_evaluate_cost_one_line(tiny_llama: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """In this process: each would pay the imports otherwise. Models must not be read for what can be seen before."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for kind, (extra, message) in evaluate_mistakes(tiny_llama, tmp_path).items():
+        arguments = ["evaluate", tiny_llama, "--dataset", "python-docs", "--length", 64, "--windows", 1, *extra]
+        if kind in ("device", "no gpu", "nothing", "folder", "directory", "task", "task data", "split", "tag"):
+            monkeypatch.setattr("compress.model.load_for_evaluation", lambda *_: pytest.fail("a model was read"))
+        done = run_here(monkeypatch, capsys, *arguments)
+        expect_failure(done, message)
+        monkeypatch.undo()
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+def test_tasks_alone_need_no_text_and_no_hub(tiny_llama: Path, tmp_path: Path) -> None:
+    arguments = ["--tasks", "piqa", "--data", task_files(tmp_path / "data"), "--dataset", "none", "--limit", 2]
+    done = compress("evaluate", tiny_llama, "--against", tiny_llama, *arguments, "-o", tmp_path / "f.json")
+    assert done.returncode == 0, done.stderr
+    assert "piqa acc" in done.stdout and "perplexity" not in done.stdout
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["difference"]["tasks"]["piqa"] == {"acc": 0, "acc_stderr": 0, "acc_norm": 0, "acc_norm_stderr": 0}
+    assert figures["protocol"]["limit"] == 2 and "dataset" not in figures["protocol"]
+
+
+def overflowing(path: Path) -> None:
+    """Finite weights whose products are not: the first layer to show it is block 1's up_proj."""
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e38
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_activations_that_are_not_finite_name_the_layer(recipe_file: Path, tmp_path: Path) -> None:
+    overflowing(save_tiny(tmp_path / "model"))
+    (tmp_path / "work").mkdir()
+    done = compress("model", tmp_path / "model", "--recipe", recipe_file, "-o", tmp_path / "work" / "out")
+    expect_failure(done, r"hold NaN or infinite values, first in the output of model\.layers\.1\.mlp\.up_proj")
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_a_full_disk_names_what_is_kept(
+    block: int, tiny_llama: Path, recipe_file: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    import compress.staging as staging
+
+    write = staging.write_file
+
+    def full(path: Path, tensors: object) -> None:
+        if path.name == f"block-{block:05d}.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, tensors)
+
+    monkeypatch.setattr(staging, "write_file", full)
+    done = run_here(monkeypatch, capsys, "model", tiny_llama, "--recipe", recipe_file, "-o", tmp_path / "out")
+    kept = r"finished blocks are kept in .*/\.out\.partial" if block else "nothing was left behind"
+    expect_failure(done, f"No space left on device: .*{kept}")
+    assert (tmp_path / ".out.partial" / "block-00001.safetensors").exists() == bool(block)
+    assert not (tmp_path / "out").exists()
+
+
+def interrupt(arguments: list[str], mark: Path) -> tuple[int, str]:
+    """Run until a file is there, send what Ctrl-C sends; exit code and stderr."""
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    while not (tmp_path / ".out.partial" / "run.json").exists() and process.poll() is None:
-        time.sleep(0.05)
-    time.sleep(0.5)
+    while not mark.exists() and process.poll() is None:
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "interrupted" in error.splitlines()[-1] and "Traceback" not in error
+    return process.returncode, error
+
+
+def test_ctrl_c_before_the_first_block_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "slow.yaml").write_text(json.dumps(tiny_recipe(iterations=100_000)))
+    arguments = command("model", tiny_llama, "--recipe", tmp_path / "slow.yaml", "-o", tmp_path / "out")
+    code, error = interrupt(arguments, tmp_path / ".out.partial" / "run.json")
+    assert (code, error) == (2, "compress: interrupted; nothing was left behind\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["slow.yaml"]
 
 
+def test_ctrl_c_names_what_is_kept(tiny_llama: Path, tmp_path: Path) -> None:
+    rules = [tiny_recipe(targets=["*.0.*_proj"])["weights"], tiny_recipe(iterations=100_000)["weights"]]
+    (tmp_path / "slow.yaml").write_text(json.dumps({**tiny_recipe(), "weights": rules}))
+    arguments = command("model", tiny_llama, "--recipe", tmp_path / "slow.yaml", "-o", tmp_path / "out")
+    kept = tmp_path / ".out.partial"
+    code, error = interrupt(arguments, kept / "block-00000.safetensors")
+    assert code == 2 and f"finished blocks are kept in {kept}" in error and error.count("\n") == 1
+    assert (kept / "block-00000.safetensors").exists() and not (tmp_path / "out").exists()
+
+
+SLOW_IMPORT = """
+import sys, time
+sys.path.insert(0, {folder!r})  # a torch that takes long to import
+import subspace_compress
+sys.argv = ["compress", "recipes", "check", "cospadi-20"]
+subspace_compress.main()
+"""
+
+
+def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:
+    mark = tmp_path / "importing"
+    (tmp_path / "torch.py").write_text(f"import time\nopen({str(mark)!r}, 'w').close()\ntime.sleep(60)\n")
+    code, error = interrupt([sys.executable, "-P", "-c", SLOW_IMPORT.format(folder=str(tmp_path))], mark)
+    assert code == 2 and error == "compress: interrupted\n"
+
+
+def test_light_commands_import_neither_torch_nor_transformers() -> None:
+    code = """
+import sys, subspace_compress
+sys.argv = ["compress", *sys.argv[1:]]
+try:
+    subspace_compress.main()
+finally:
+    assert not {"torch", "transformers", "datasets"} & set(sys.modules)
+"""
+    for arguments, expected in ((["recipes", "list"], "cospadi-20"), (["--version"], f"compress {__version__}\n")):
+        done = subprocess.run([sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and expected in done.stdout and done.stderr == "", done.stderr
+
+
+def test_the_package_registers_its_format_on_import() -> None:
+    code = """
+import compress, sys
+assert "compress.hf" in sys.modules and "compress.run" not in sys.modules
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+assert "compress" in AUTO_QUANTIZER_MAPPING
+assert all(getattr(compress, name) is not None for name in compress.__all__) and set(compress.__all__) <= set(dir(compress))
+assert not hasattr(compress, "nothing")
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def run_here(monkeypatch, capsys, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command line inside this process."""
+    from compress.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main()
+    return subprocess.CompletedProcess(sys.argv, left.value.code, *capsys.readouterr())
+
+
 def expect_failure(done: subprocess.CompletedProcess[str], message: str) -> None:
+    """Exit code 2, and on stderr one line and nothing else."""
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("compress: ")]
-    assert len(lines) == 1 and done.stderr.splitlines()[-1] == lines[0], done.stderr
-    assert re.search(message, lines[0]), lines[0]
+    assert done.stderr.startswith("compress: ") and done.stderr.count("\n") == 1, done.stderr
+    assert re.search(message, done.stderr), done.stderr

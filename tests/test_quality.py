@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import compress
 from compress.errors import CompressError
 from compress.evaluate.compare import compare, table
-from compress.evaluate.quality import measure
+from compress.evaluate.quality import differences, log_probabilities, measure, through_own_cache
 from compress.evaluate.text import make_windows
-from helpers import tiny_model, tiny_tokenizer
+from compress.recipe import Recipe
+from compress.run import run
+from helpers import tiny_model, tiny_recipe, tiny_tokenizer
 
 
 def test_windows_follow_the_protocol() -> None:
@@ -45,5 +50,67 @@ def test_a_model_does_not_diverge_from_itself() -> None:
     result = compare(model, tiny_tokenizer(), model, dataset="python-docs", length=64, windows=4)
     assert result["compressed"]["quality"]["kl"] == pytest.approx(0, abs=1e-6)
     assert result["compressed"]["quality"]["top1_agreement"] == 1
-    assert result["loss_difference"] == 0
+    assert all(value == pytest.approx(0, abs=1e-6) for value in result["difference"]["quality"].values())
     assert table(result).row_count == 3
+
+
+def test_differences_are_paired() -> None:
+    ours, theirs = measure(tiny_model("llama"), torch.randint(0, 256, (4, 20)), tiny_model("llama", seed=1))
+    found = differences(ours, theirs)
+    loss = ours.nll - theirs.nll
+    assert found["loss"] == pytest.approx(float(loss.mean()))
+    assert found["loss_stderr"] == pytest.approx(float(loss.std() / 2))
+    assert found["perplexity"] == pytest.approx(ours.perplexity - theirs.perplexity)
+    assert found["kl"] == pytest.approx(float(ours.kl.mean()))
+    assert found["top1_agreement"] == pytest.approx(float(ours.agreement.mean()) - 1)
+    # the error of the perplexities' difference, by leaving one window out (jackknife; equal to first order)
+    parts = []
+    for left in range(4):
+        rest = [index for index in range(4) if index != left]
+        parts.append(float(ours.nll[rest].mean().exp() - theirs.nll[rest].mean().exp()))
+    jackknife = math.sqrt(3 / 4 * sum((part - sum(parts) / 4) ** 2 for part in parts))
+    assert found["perplexity_stderr"] == pytest.approx(jackknife, rel=0.3)
+
+
+def test_one_window_has_no_error_and_the_json_stays_valid() -> None:
+    model = tiny_model("llama")
+    result = compare(model, tiny_tokenizer(), tiny_model("llama", seed=1), dataset="python-docs", length=64, windows=1)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["compressed"]["quality"]["perplexity_stderr"] is None
+    assert result["difference"]["quality"]["kl_stderr"] is None
+    assert result["environment"] | {"versions": 0, "threads": 0} == {
+        "versions": 0, "threads": 0, "dtype": "float32", "device": "cpu",
+    }  # fmt: skip
+    assert result["protocol"]["kv_cache"] is None and "were left out" in table(result).caption
+
+
+def test_a_broken_model_gives_nulls() -> None:
+    model = tiny_model("llama")
+    model.model.norm.weight.data.fill_(torch.nan)
+    result = compare(model, tiny_tokenizer(), dataset="python-docs", length=64, windows=2)
+    json.dumps(result, allow_nan=False)
+    assert result["compressed"]["quality"]["perplexity"] is None
+    table(result)
+
+
+def test_another_vocabulary_is_refused() -> None:
+    with pytest.raises(CompressError, match="original has a vocabulary of 300 tokens, the model one of 256"):
+        compare(tiny_model("llama"), tiny_tokenizer(), tiny_model("llama", vocab_size=300), dataset="python-docs")
+
+
+def test_a_model_with_a_cache_is_measured_through_it(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = {**tiny_recipe(), "weights": {"method": "rtn", "bits": 8}, "kv_cache": {"bits": 2}}
+    run(tiny_llama, Recipe.from_dict(recipe), tmp_path / "out")
+    model = compress.load(tmp_path / "out")
+    result = compare(model, tiny_tokenizer(), dataset="python-docs", length=64, windows=2)
+    spec = result["protocol"]["kv_cache"]
+    assert spec["method"] == "per_token" and spec["bits"] == 2 and spec["exact_prefill"] is False
+    assert "read through the per_token cache of 2 bits" in str(table(result).title)
+    window = torch.randint(0, 256, (20,))
+    with torch.inference_mode():
+        plain = torch.log_softmax(model(window[None]).logits[0, :-1].float(), -1)
+        with through_own_cache(model):
+            cached = torch.log_softmax(model(window[None]).logits[0, :-1].float(), -1)
+        again = torch.log_softmax(model(window[None]).logits[0, :-1].float(), -1)
+        assert torch.equal(cached, log_probabilities(model, window))
+    assert torch.equal(plain, again) and not torch.allclose(plain, cached, atol=1e-3)

@@ -120,4 +120,4 @@ def test_lm_eval_tasks_run_on_the_compressed_model(model_path: Path, compressed_
     data = DATA if (DATA / "piqa").is_dir() else None
     numbers = run_tasks(model, tokenizer, ["piqa", "arc_easy"], data=data, limit=12)
     assert set(numbers) == {"piqa", "arc_easy"}
-    assert all(0 < numbers[task]["acc"] <= 1 for task in numbers)
+    assert all(0 < numbers[task].numbers["acc"] <= 1 for task in numbers)

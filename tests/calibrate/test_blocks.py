@@ -65,12 +65,28 @@ def test_grams_are_those_of_the_inputs_and_shared(keep: bool) -> None:
     assert len({id(gram) for gram in grams.values()}) == 4
 
 
-def test_nan_activations_name_the_block() -> None:
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("leaf", ["self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_activations_that_are_not_finite_name_the_layer(leaf: str, padded: bool) -> None:
+    runner = runner_for("llama", padded)
+    runner.embed()
+    block = runner.blocks[0]
+    block.get_submodule(leaf).weight.data.mul_(1e38).mul_(1e3)
+    message = rf"hold NaN or infinite values, first in the output of model\.layers\.0\.{leaf}"
+    with pytest.raises(CompressError, match=message):
+        runner.run(0, keep=True)
+    if leaf != "mlp.down_proj":
+        with pytest.raises(CompressError, match=message):
+            runner.grams(0, {"down": block.mlp.down_proj, "o": block.self_attn.o_proj}, keep=False)
+
+
+def test_inputs_too_large_for_a_gram_matrix_are_named() -> None:
     runner = runner_for("llama", padded=False)
     runner.embed()
-    runner.blocks[0].mlp.down_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(CompressError, match="after block 0"):
-        runner.run(0, keep=True)
+    block = runner.blocks[0]
+    block.mlp.up_proj.weight.data.mul_(1e22)
+    with pytest.raises(CompressError, match="inputs of down are too large"):
+        runner.grams(0, {"down": block.mlp.down_proj}, keep=False)
 
 
 def test_uncalled_linear_is_named() -> None:
