@@ -79,15 +79,28 @@ def search_scale(
     return best_scale
 
 
+def search_scales(
+    weight_NI: Tensor, groups: list[Group], *, steps: int = 24, power: float = 2.0, importance_I: Tensor | None = None
+) -> Tensor:
+    """Scales `[N, groups]` of all groups; see `search_scale`."""
+    columns = [slice(group.start, group.stop) for group in groups]
+    weights = [None if importance_I is None else importance_I[part] for part in columns]
+    return torch.cat(
+        [
+            search_scale(weight_NI[:, part], group.bits, steps=steps, power=power, importance=importance)
+            for group, part, importance in zip(groups, columns, weights, strict=True)
+        ],
+        dim=1,
+    )
+
+
 def round_to_nearest(weight_NI: Tensor, groups: list[Group], **search: object) -> tuple[Tensor, Tensor]:
-    """Codes `[N, I]` int8 and scales `[N, groups]` of every weight for itself; keyword arguments as in `search_scale`."""
-    codes, scales = torch.empty_like(weight_NI, dtype=torch.int8), []
-    for group in groups:
-        part = weight_NI[:, group.start : group.stop]
-        scale = search_scale(part, group.bits, **search)
+    """Codes `[N, I]` int8 and scales `[N, groups]` of every weight for itself; keyword arguments as in `search_scales`."""
+    codes, scales = torch.empty_like(weight_NI, dtype=torch.int8), search_scales(weight_NI, groups, **search)
+    for number, group in enumerate(groups):
+        part, scale = weight_NI[:, group.start : group.stop], scales[:, number : number + 1]
         codes[:, group.start : group.stop] = quantize(part, scale, group.bits).to(torch.int8)
-        scales.append(scale)
-    return codes, torch.cat(scales, dim=1)
+    return codes, scales
 
 
 def dequantize(codes_NI: Tensor, scales_NG: Tensor, groups: list[Group]) -> Tensor:

@@ -30,7 +30,7 @@ def compress(weight_NI: Tensor, inputs: SecondMoment, spec: Spec, config: Config
 
     def solve(weight: Tensor, gram: Tensor, groups: list[Group]) -> tuple[Tensor, Tensor]:
         importance = gram.diagonal().float() if config.activation_aware else None
-        return round_to_nearest(weight, groups, steps=config.scale_steps, power=config.scale_power, importance=importance)
+        return round_to_nearest(weight, groups, steps=config.scale_steps, power=config.scale_power, importance_I=importance)
 
     return to_packed(weight_NI, inputs, spec, solve)
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.quantizer import Group, search_scale, stored_scale
+from compress.quantizer import Group, search_scales, stored_scale
 
 
 def solve(
@@ -59,15 +59,7 @@ def solve(
         raise ValueError("the Gram matrix is zero: the layer never saw a non-zero input")
     damped = gram_II + damping * diagonal.mean() * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
     importance = damped.diagonal().float()
-    scales = torch.cat(
-        [
-            search_scale(
-                weight_NI[:, g.start : g.stop], g.bits, steps=steps, power=power, importance=importance[g.start : g.stop]
-            )
-            for g in groups
-        ],
-        dim=1,
-    )
+    scales = search_scales(weight_NI, groups, steps=steps, power=power, importance_I=importance)
     order = _order(groups, diagonal, activation_order)
     codes = _round_in_order(weight_NI, damped, groups, scales, order, block)
     for attempt in range(refits + 1):

@@ -92,3 +92,17 @@ def test_fitting_to_rounded_inputs_lowers_the_error_that_runs() -> None:
         errors.append(float((layer(x) - want).norm() / want.norm()))
     assert errors[1] < 0.98 * errors[0]  # measured: 0.93
     assert fitted.relative_error(weight, layer.dense_weight()) == pytest.approx(errors[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("group_size", [0, 32, 40])
+def test_rounding_minds_the_energy_of_each_input(group_size: int) -> None:
+    """For uncorrelated inputs the weighted error is the error of the output, so the search can only win."""
+    weight, gram = torch.randn(64, 96), torch.diag(torch.logspace(2, -2, 96)).double()
+    errors = []
+    for aware in (False, True):
+        config = rtn.Config(bits=3, group_size=group_size, activation_aware=aware)
+        spec = {**rtn.plan(Site(96, 64, "stream"), config), "in_features": 96, "out_features": 64, "bias": False}
+        layer = build(spec)
+        layer.load_state_dict(rtn.compress(weight, SecondMoment(gram), spec, config))
+        errors.append(SecondMoment(gram).relative_error(weight, layer.dense_weight()))
+    assert errors[1] < errors[0]
