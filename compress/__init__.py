@@ -15,14 +15,16 @@ from compress.version import __version__
 
 if TYPE_CHECKING:
     from compress import hf
+    from compress.cache import KVCache
     from compress.checkpoint import load
     from compress.export import export_dense
     from compress.recipe import Recipe
     from compress.run import compress_model
 
-__all__ = ["CompressError", "Recipe", "__version__", "compress_model", "export_dense", "hf", "load"]
+__all__ = ["CompressError", "KVCache", "Recipe", "__version__", "compress_model", "export_dense", "hf", "load"]
 
 _HOMES = {
+    "KVCache": "compress.cache",
     "Recipe": "compress.recipe",
     "compress_model": "compress.run",
     "export_dense": "compress.export",

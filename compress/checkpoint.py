@@ -58,8 +58,7 @@ def assemble(
     for file in block_files:  # packed layers, and what a rotation changed
         tensors.update(read_header(file))
     total = write_shards(output, tensors, max_shard_bytes)
-    dense = sum(tensor.num_bytes for tensor in source.tensors.values())
-    report = replace(report, checkpoint_bytes=total, dense_checkpoint_bytes=dense)
+    report = replace(report, checkpoint_bytes=total, dense_checkpoint_bytes=source.stored_bytes)
     quantization = {
         "quant_method": "compress",
         "version": FORMAT_VERSION,

@@ -151,6 +151,10 @@ class RotatedSource(Source):
             name, d = f"{self.final_norm}.weight", len(rotation.stream)
             self.tensors[name] = replace(self.tensors[name], shape=(d, d), num_bytes=2 * d * d, code="BF16")
 
+    @property
+    def stored_bytes(self) -> int:
+        return self.original.stored_bytes
+
     def changed(self) -> list[str]:
         """Names of the tensors whose numbers are not those of the original."""
         return [name for name in self.tensors if self._changes(name)]

@@ -39,6 +39,11 @@ class Source:
             raise CompressError(f"weights of {name} hold NaN or infinite values; the model is damaged")
         return tensor
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors of the checkpoint on disk."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
     def fingerprint(self) -> str:
         """Hash of the config, every tensor's name, shape and dtype, and its first 4 KB: which model this is, cheaply."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
