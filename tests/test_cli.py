@@ -232,7 +232,11 @@ def test_activations_that_are_not_finite_name_the_layer(recipe_file: Path, tmp_p
     overflowing(save_tiny(tmp_path / "model"))
     (tmp_path / "work").mkdir()
     done = compress("model", tmp_path / "model", "--recipe", recipe_file, "-o", tmp_path / "work" / "out")
-    expect_failure(done, r"hold NaN or infinite values, first in the output of model\.layers\.1\.mlp\.up_proj")
+    # which of the two comes first depends on the order in which a machine adds up a row
+    overflow = (
+        r"first in the output of model\.layers\.1\.mlp\.up_proj|inputs of model\.layers\.1\.mlp\.down_proj are too large"
+    )
+    expect_failure(done, overflow)
     assert list((tmp_path / "work").iterdir()) == []
 
 
