@@ -2,7 +2,9 @@
 
 Writes a random Llama checkpoint of `--gigabytes` (tensor by tensor; nothing large is ever held), compresses it in a process
 of its own and prints that process's peak resident memory as one JSON line. Weights are random: only bytes and memory
-mean anything here. The solver is cut short by default, which changes the time and not the memory.
+mean anything here. CoSpaDi's solver is cut short by default, which changes the time and not the memory.
+
+    python -P benchmarks/memory.py --recipe rtn-w4        # minutes; cospadi-20, the default, takes most of an hour
 """
 
 from __future__ import annotations
@@ -84,11 +86,12 @@ def synthetic_checkpoint(path: Path, gigabytes: float) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--folder", help="where three times the checkpoint fits; default: the folder for temporary files")
     parser.add_argument("--recipe", default="cospadi-20")
     parser.add_argument("--iterations", type=int, default=1)
     parser.add_argument("--refits", type=int, default=1)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         size = synthetic_checkpoint(Path(folder) / "model", options.gigabytes)
         print(f"checkpoint of {size / 1e9:.2f} GB written", flush=True)
         settings = {"calibration.dataset": "python-docs", "calibration.samples": 8, "calibration.length": 1024}
@@ -97,7 +100,9 @@ def main() -> None:
         overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         start = time.perf_counter()
         command = [str(Path(sys.executable).parent / "compress"), "model", f"{folder}/model", "--recipe", options.recipe]
-        subprocess.run([*command, "-o", f"{folder}/out", *overrides], check=True, stderr=subprocess.DEVNULL)
+        done = subprocess.run([*command, "-o", f"{folder}/out", *overrides], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(done.stderr[-2000:])
         seconds = time.perf_counter() - start
     peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     line = {

@@ -25,6 +25,7 @@ from compress.model import build_skeleton, head_width
 from compress.moments import Moments, gather
 from compress.plan import HEAD
 from compress.prepare import Prepared
+from compress.reorder import ReorderedSource
 from compress.rotation import (
     RotatedSource,
     Rotation,
@@ -54,6 +55,8 @@ def rotation_bases(prepared: Prepared, wanted: Wanted, moments: Moments | None) 
     elif wanted.stream == "pca":
         moment = _mixed(moments.stream, lambda: _reader_gram(prepared), wanted.weight_share)
         bases["stream"] = pca_basis(moment, wanted.stream_high, generator)
+    elif wanted.stream == "order":
+        bases["order"] = moments.stream.argsort(stable=True)
     if wanted.hidden_order:
         bases.update({f"hidden.{index}": energy.argsort(stable=True) for index, energy in moments.hidden.items()})
     width, heads = head_width(model), config.num_key_value_heads
@@ -116,8 +119,9 @@ def wanted_rotation(prepared: Prepared) -> Wanted | None:
         raise CompressError("the rules ask for different rotations of one model; give all of them the same basis options")
     if not asked:
         return None
-    require_rotatable(prepared.model)
-    return asked.pop()
+    (wanted,) = asked
+    require_rotatable(prepared.model, wanted)
+    return wanted
 
 
 def rotated(prepared: Prepared, tokens: data.Tokens, staging: Path, lineage: Lineage, progress: Progress) -> Prepared:
@@ -127,7 +131,8 @@ def rotated(prepared: Prepared, tokens: data.Tokens, staging: Path, lineage: Lin
     if not file.exists():
         by_moments = [kv.basis if kv else "none", *((wanted.stream, wanted.heads) if wanted else ())]
         ordered = wanted is not None and wanted.hidden_order
-        moments = gather(prepared, tokens, progress) if "pca" in by_moments or ordered else None
+        stream = wanted.stream if wanted else "none"
+        moments = gather(prepared, tokens, progress, stream) if ordered or {"pca", "order"} & {*by_moments} else None
         try:
             bases = rotation_bases(prepared, wanted, moments) if wanted else {}
             bases.update(cache_bases(prepared, moments, folded="heads.0" in bases))
@@ -144,7 +149,10 @@ def rotated(prepared: Prepared, tokens: data.Tokens, staging: Path, lineage: Lin
         for part in ("heads", "hidden")
     }
     skeleton = build_skeleton(prepared.source.path)
-    source = RotatedSource(prepared.source, skeleton, Rotation(stored.get("stream"), **by_block))
+    source = prepared.source
+    if "order" in stored:
+        source = ReorderedSource(source, skeleton, stored["order"])
+    source = RotatedSource(source, skeleton, Rotation(stored.get("stream"), **by_block))
     norm = final_norm_spec(skeleton, source)
     plan = prepared.plan
     if norm is not None:

@@ -6,7 +6,6 @@ the rest follows with the same bytes. Memory: one block, its statistics, and the
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,6 +24,7 @@ from compress.errors import CompressError
 from compress.layers import CompressedLinear, build, layer_class
 from compress.linalg import SecondMoment
 from compress.lineage import Lineage
+from compress.memory import give_back_freed_memory
 from compress.model import materialise, release
 from compress.plan import HEAD, Job
 from compress.prepare import Prepared
@@ -114,7 +114,7 @@ def compress_blocks(
         modules += reports
         release(model, prefix)
         del packed
-        gc.collect()
+        give_back_freed_memory()
     if HEAD in plan.by_block:
         modules += _compress_head(prepared, runner, staging, lineage, HEAD in done, progress)
     return modules

@@ -1,6 +1,7 @@
 """Second moments of the whole original model, gathered in one pass of the block loop before anything is compressed.
 
-    stream   the sum over blocks of the moments of both normalised inputs, before the norms' gains
+    stream   the mean over blocks of the moments of both normalised inputs, before the norms' gains; where the stream is only
+             to be reordered, the mean energy of its channels as the linears see them, every input scaled to a sum of one
     heads    per block and KV head, the moment of the values, and of the keys and queries after rotary embedding
     hidden   per block, the energy of each inner channel of the MLP
 
@@ -18,31 +19,34 @@ from compress.blockwise import Progress, start_runner
 from compress.calibrate import data
 from compress.calibrate.attention import observed_attention
 from compress.calibrate.statistics import Gram, HeadGrams
+from compress.memory import give_back_freed_memory
 from compress.model import materialise, release
 from compress.prepare import Prepared
-from compress.rotation import norm_readers
+from compress.reorder import stream_readers
+from compress.rotation import Basis, norm_readers
 
 
 @dataclass
 class Moments:
     """Second moments of one pass, fp64; per block and head where they are mappings."""
 
-    stream: Tensor
+    stream: Tensor  # [d, d], or [d] for a stream that is reordered
     values: dict[int, Tensor]
     keys: dict[int, Tensor]
     queries: dict[int, Tensor]
     hidden: dict[int, Tensor]  # energy of each inner channel of the MLP
 
 
-def gather(prepared: Prepared, tokens: data.Tokens, progress: Progress) -> Moments:
-    """Run the original model once, block by block.
+def gather(prepared: Prepared, tokens: data.Tokens, progress: Progress, stream_basis: Basis = "pca") -> Moments:
+    """Run the original model once, block by block; the stream's moments are those that its kind of basis needs.
 
     Raises:
         CompressError: activations that are not finite.
     """
     model, plan = prepared.model, prepared.plan
     runner = start_runner(prepared, tokens)
-    stream = Gram(model.config.get_text_config(decoder=True).hidden_size, prepared.device)
+    width = model.config.get_text_config(decoder=True).hidden_size
+    stream, channels = Gram(width, prepared.device), torch.zeros(width, dtype=torch.float64)
     moments = Moments(stream.sum_II, {}, {}, {}, {})
     progress.note(f"gathering second moments of {plan.num_blocks} blocks for the bases")
     for index in range(plan.num_blocks):
@@ -58,18 +62,24 @@ def gather(prepared: Prepared, tokens: data.Tokens, progress: Progress) -> Momen
             states["keys"].add(key, runner.mask)
             states["values"].add(value, runner.mask)
 
-        hooks = [
-            model.get_submodule(prefix + norm).register_forward_pre_hook(
-                lambda module, args: stream.add(_normalised(module, args[0]), runner.mask)
-            )
-            for norm in norm_readers()
-        ]
-        energy: list[Tensor] = []
-        hooks.append(
-            model.get_submodule(f"{prefix}mlp.down_proj").register_forward_pre_hook(
-                lambda module, args, energy=energy: energy.append(_energy(args[0], runner.mask))
-            )
-        )
+        hooks, energies = [], {}
+
+        weighed = ["mlp.down_proj"]
+        if stream_basis == "order":
+            weighed += [names[0] for names in stream_readers(model.get_submodule(prefix[:-1]), model).values()]
+        for name in weighed:
+
+            def weigh(module: nn.Module, args: tuple, name: str = name, energies: dict = energies) -> None:
+                energies[name] = energies.get(name, 0) + _energy(args[0], runner.mask)
+
+            hooks.append(model.get_submodule(prefix + name).register_forward_pre_hook(weigh))
+        if stream_basis == "pca":
+            for norm in norm_readers():
+                hooks.append(
+                    model.get_submodule(prefix + norm).register_forward_pre_hook(
+                        lambda module, args: stream.add(_normalised(module, args[0]), runner.mask)
+                    )
+                )
         try:
             with observed_attention(model, see):
                 runner.run(index, keep=True)
@@ -77,10 +87,13 @@ def gather(prepared: Prepared, tokens: data.Tokens, progress: Progress) -> Momen
             for hook in hooks:
                 hook.remove()
         release(model, prefix)
-        moments.hidden[index] = torch.stack(energy).sum(dim=0)
+        give_back_freed_memory()
+        moments.hidden[index] = energies.pop("mlp.down_proj")
+        for energy in energies.values():
+            channels += energy.cpu() / energy.sum().clamp_min(1e-300).cpu()
         for name, grams in states.items():
             getattr(moments, name)[index] = grams.mean()
-    moments.stream = stream.mean()
+    moments.stream = stream.mean() if stream_basis == "pca" else channels / max(1, 2 * plan.num_blocks)
     return moments
 
 

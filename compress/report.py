@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from compress.layers import Spec, dense_bytes, layer_class, packed_bytes
-
-try:
-    import resource
-except ImportError:  # Windows keeps no such record
-    resource = None
 
 
 @dataclass(frozen=True)
@@ -145,13 +138,3 @@ def sizes(spec: Spec) -> str:
         return f"K {atoms}, s {nonzeros}, K/s {atoms / nonzeros:.2f}"
     known = {"format", "in_features", "out_features", "bias"}
     return ", ".join(f"{key} {value}" for key, value in spec.items() if key not in known)
-
-
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """Peak resident memory of this process, or of the GPU's allocator when the work ran there; None where nobody knows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -29,16 +29,18 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.kernels.hadamard import hadamard
 from compress.model import decoder_blocks, head_width, is_tied, output_head
+from compress.reorder import require_reorderable
 from compress.source import Source
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _HIDDEN_WRITERS = ("gate_proj", "up_proj")
 _NORMS = {"input_layernorm": ("q_proj", "k_proj", "v_proj"), "post_attention_layernorm": ("gate_proj", "up_proj")}
+_WITHOUT = "use --set weights.heads_basis=none --set weights.hidden_high_share=0"
 _CHUNK_ROWS = 8192  # rows of the embedding rotated at once in fp64
 
 
-Basis = Literal["pca", "hadamard", "none"]
+Basis = Literal["pca", "hadamard", "order", "none"]  # order: a permutation, `compress.reorder`
 
 
 @dataclass(frozen=True)
@@ -71,19 +73,32 @@ def norm_readers() -> dict[str, tuple[str, ...]]:
     return {norm: tuple(_place(leaf) for leaf in readers) for norm, readers in _NORMS.items()}
 
 
-def require_rotatable(model: nn.Module) -> None:
+def require_rotatable(model: nn.Module, wanted: Wanted) -> None:
     """Refuse architectures whose function these foldings would change, by name."""
+    if wanted.stream not in ("pca", "hadamard"):
+        require_reorderable(model)
+        missing = _missing_linears(model, wanted)
+        if missing:
+            raise CompressError(f"{type(model).__name__} has no {' and no '.join(missing)} of its own; {_WITHOUT}")
+        return
     kind = model.config.get_text_config(decoder=True).model_type
     if kind not in FAMILIES:
         raise CompressError(
             f"{kind} models cannot be rotated: their norms or layers are not those of {', '.join(FAMILIES)}; "
-            "use gptq-w4 or another recipe without a rotation"
+            "use --set weights.stream_basis=order with a resq recipe, or a recipe without a rotation"
         )
     _, blocks = decoder_blocks(model)
     expected = {"input_layernorm", "post_attention_layernorm", "self_attn", "mlp"}
     children = {name for name, _ in blocks[0].named_children()}
     if children != expected or any(not isinstance(blocks[0].get_submodule(_place(leaf)), nn.Linear) for leaf in _READERS):
         raise CompressError(f"{type(model).__name__} cannot be rotated: its blocks hold {', '.join(sorted(children))}")
+
+
+def _missing_linears(model: nn.Module, wanted: Wanted) -> list[str]:
+    """Linears whose rows or columns are to be folded and that a block does not have, fused with others perhaps."""
+    needed = [*(["v_proj", "o_proj"] if wanted.heads != "none" else []), *(_HIDDEN_WRITERS if wanted.hidden_order else [])]
+    names = {name.rpartition(".")[2] for name, _ in decoder_blocks(model)[1][0].named_modules()}
+    return [leaf for leaf in needed if leaf not in names]
 
 
 def random_orthogonal(width: int, generator: torch.Generator) -> Tensor:
@@ -156,8 +171,8 @@ class RotatedSource(Source):
         return self.original.stored_bytes
 
     def changed(self) -> list[str]:
-        """Names of the tensors whose numbers are not those of the original."""
-        return [name for name in self.tensors if self._changes(name)]
+        before = set(self.original.changed())
+        return [name for name in self.tensors if name in before or self._changes(name)]
 
     def _changes(self, name: str) -> bool:
         stream = self.rotation.stream is not None
@@ -175,7 +190,7 @@ class RotatedSource(Source):
 
     def read(self, name: str) -> Tensor:
         if not self._changes(name):
-            return super().read(name)
+            return self.original.read(name)
         stream = self.rotation.stream
         if name == self.embedding:
             return _in_chunks(self.original.read(name), lambda rows: rows @ stream)

@@ -25,9 +25,10 @@ from compress.calibrate import data
 from compress.errors import CompressError
 from compress.forecast import size_notes
 from compress.lineage import Lineage, model_identity
+from compress.memory import peak_memory_bytes
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
-from compress.report import Report, peak_memory_bytes
+from compress.report import Report
 from compress.rotation import RotatedSource
 from compress.staging import forget_finished, identity_of, locked, open_staging, staging_of
 

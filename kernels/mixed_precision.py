@@ -8,8 +8,9 @@ Layout, for I = L + H inputs, N output neurons, groups of `group_size` columns (
     high_scale  [N, groups of H]
 
 With `activation_bits` 16 the weight is multiplied out and used as it is. With 4 or 8 the inputs are rounded on the fly:
-per token, per part and per one of `activation_groups` equal slices of the part, asymmetric, the range forced to hold 0 and
-shrunk by `clip` in parts of fewer than 8 bits; the high part always gets at least 8 bits. Then codes meet codes:
+per token, per part and per one of `activation_groups` equal slices of the part, asymmetric, the range forced to hold 0 and,
+in parts of fewer than 8 bits, cut at `clip` times the root mean square of the slice (0: never); the high part always gets
+at least 8 bits. Then codes meet codes:
 
     y[t, n] = sum over segments g of s_x[t,g] s_w[n,g] ( sum_k q_x[t,k] q_w[n,k] - z[t,g] rho[n,g] )
 
@@ -32,14 +33,17 @@ from compress.kernels.pack import unpack
 _EXACT = 1 << 24  # integers up to here are exact in fp32
 
 
-def rounded_activation(x: Tensor, bits: int, groups: int, clip: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def rounded_activation(x: Tensor, bits: int, groups: int, clip: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize `[..., K]` per token and slice: codes `[..., K]` from 0 to 2^bits - 1, scale and zero `[..., groups]`.
 
     All three are fp32; x ~= (code - zero) scale. The range always holds 0, so 0 is represented exactly.
     """
     slices = x.float().unflatten(-1, (groups, -1))
-    low = clip * slices.amin(dim=-1, keepdim=True).clamp_max(0)
-    high = clip * slices.amax(dim=-1, keepdim=True).clamp_min(0)
+    low = slices.amin(dim=-1, keepdim=True).clamp_max(0)
+    high = slices.amax(dim=-1, keepdim=True).clamp_min(0)
+    if clip:
+        bound = clip * slices.square().mean(dim=-1, keepdim=True).sqrt()
+        low, high = low.maximum(-bound), high.minimum(bound)
     scale = (high - low) / ((1 << bits) - 1)
     scale = torch.where(scale > 0, scale, 1)
     zero = (-low / scale).round_()
@@ -47,7 +51,7 @@ def rounded_activation(x: Tensor, bits: int, groups: int, clip: float = 1.0) -> 
     return codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
 
 
-def round_activation(x: Tensor, bits: int, groups: int, clip: float = 1.0) -> Tensor:
+def round_activation(x: Tensor, bits: int, groups: int, clip: float = 0.0) -> Tensor:
     """What the arithmetic sees of `x`: codes turned back into fp32 numbers."""
     codes, scale, zero = rounded_activation(x, bits, groups, clip)
     return ((codes.unflatten(-1, (groups, -1)) - zero[..., None]) * scale[..., None]).flatten(-2)
@@ -140,11 +144,11 @@ def mixed_precision(
         return (x_TI @ weight.to(x.dtype).T).view(*x.shape[:-1], -1)
     y = _integer_part(
         x_TI[:, :low_width], low, low_scale, low_sums, bits, activation_bits, group_size, activation_groups,
-        clip if activation_bits < 8 else 1.0,
+        clip if activation_bits < 8 else 0.0,
     )  # fmt: skip
     if high is not None:
         y += _integer_part(
-            x_TI[:, low_width:], high, high_scale, high_sums, high_bits, 8, group_size, activation_groups, 1.0
+            x_TI[:, low_width:], high, high_scale, high_sums, high_bits, 8, group_size, activation_groups, 0.0
         )
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 

@@ -11,6 +11,7 @@ Both are orthogonal, so in exact arithmetic they change nothing.
 
 from __future__ import annotations
 
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -127,7 +128,7 @@ class Layer(CompressedLinear):
             return x
         low, high = to_storage(spec, x).split([x.shape[-1] - spec["high_features"], spec["high_features"]], dim=-1)
         bits, groups = spec["activation_bits"], spec["activation_groups"]
-        parts = [round_activation(low, bits, groups, spec["clip"] if bits < 8 else 1.0)]
+        parts = [round_activation(low, bits, groups, spec["clip"] if bits < 8 else 0.0)]
         if spec["high_features"]:
             parts.append(round_activation(high, 8, groups))
         return from_storage(spec, torch.cat(parts, dim=-1)).to(x.dtype)
@@ -194,7 +195,7 @@ def _require_sizes(spec: Spec) -> None:
         raise ValueError(f"weights of {spec['bits']} and {spec['high_bits']} bits; 2 to 8 are stored")
     if spec["activation_bits"] not in ACTIVATION_BITS:
         raise ValueError(f"activations of {spec['activation_bits']} bits; expected 4, 8 or 16")
-    if not 0 <= high < inputs or spec["group_size"] < 0 or not 0 < spec["clip"] <= 1:
+    if not 0 <= high < inputs or spec["group_size"] < 0 or not 0 <= spec["clip"] < inf:
         raise ValueError(f"impossible sizes: {high} of {inputs} columns in the high part, groups of {spec['group_size']}")
     if heads and (heads < 0 or inputs % heads or high % heads):
         raise ValueError(f"{inputs} columns, {high} of them high, do not divide into {heads} heads")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from math import log2
 from typing import Literal
 
 from pydantic import Field
@@ -17,6 +16,7 @@ from compress.methods import MethodConfig, Site
 from compress.quantizer import Group
 from compress.solvers import gptq
 
+_WORTH_CLIPPING = 128  # values that share a scale; the largest of fewer normal numbers lies no farther out than the best cut
 Solve = Callable[[Tensor, Tensor, list[Group]], tuple[Tensor, Tensor]]
 
 
@@ -26,8 +26,8 @@ class IntegerConfig(MethodConfig):
     bits: int = Field(4, ge=2, le=8, description="bits of a weight")
     group_size: int = Field(128, ge=0, description="input columns that share a scale; 0: one scale per output channel")
     activation_bits: Literal[4, 8, 16] = Field(16, description="inputs rounded per token on the fly; 16: left as they are")
-    activation_clip: float | Literal["width"] = Field(
-        1.0, description="share of the range that 4-bit inputs keep; width: from the number of values that share a scale"
+    activation_clip: float = Field(
+        0.0, ge=0, lt=100, description="4-bit inputs are cut at so many root mean squares of what shares a scale; 0: never"
     )
     scale_steps: int = Field(24, ge=1, description="shrunken ranges tried for every scale; 1: the largest weight decides")
     scale_power: float = Field(2.0, gt=0, description="exponent of the error that picks a scale")
@@ -48,6 +48,7 @@ def integer_spec(
 ) -> Spec:
     """The spec of a site. Rounded inputs of o_proj get a scale per head, as in QuaRot and ResQ."""
     by_head = site.inputs == "heads" and config.activation_bits < 16
+    sharing = (site.in_features - high_features) // (site.heads if by_head else 1)
     return {
         "format": "mixed_precision",
         "bits": config.bits,
@@ -58,16 +59,8 @@ def integer_spec(
         "hadamard": hadamard,
         "activation_bits": config.activation_bits,
         "activation_groups": site.heads if by_head else 1,
-        "clip": _clip(config, (site.in_features - high_features) // (site.heads if by_head else 1)),
+        "clip": config.activation_clip if sharing >= _WORTH_CLIPPING else 0.0,
     }
-
-
-def _clip(config: IntegerConfig, sharing: int) -> float:
-    """The share of the range that is best for `sharing` normal numbers at 4 bits: the more there are, the farther out
-    their largest lies. A straight line in log2, fitted to simulated optima: 0.85 at 504, 0.78 at 1536, 0.65 at 14336."""
-    if config.activation_clip != "width":
-        return config.activation_clip
-    return round(min(1.0, max(0.5, 0.85 - 0.0414 * log2(sharing / 504))), 3)
 
 
 def to_packed(weight_NI: Tensor, inputs: SecondMoment, spec: Spec, solve: Solve) -> dict[str, Tensor]:

@@ -20,17 +20,21 @@ from compress.rotation import Wanted
 
 class Config(GptqConfig):
     group_size: int = Field(0, ge=0, description="input columns that share a scale; 0: one scale per output channel")
+    online: bool = Field(
+        False,
+        description="transform the stream at every linear instead of folding it; for Gemma, Phi-3",
+    )
     seed: int = Field(0, ge=0, le=MAX_SEED, description="the random signs")
 
 
 def rotation(config: Config, hidden_size: int, head_dim: int) -> Wanted:
     """What `compress.bases` is asked to fold."""
-    return Wanted(stream="hadamard", heads="hadamard", seed=config.seed)
+    return Wanted(stream="none" if config.online else "hadamard", heads="hadamard", seed=config.seed)
 
 
 def plan(site: Site, config: Config) -> Spec:
-    """Packed integers of one width, behind a Hadamard transform in down_proj."""
-    return integer_spec(site, config, hadamard=site.inputs == "hidden")
+    """Packed integers of one width, behind a Hadamard transform in down_proj and wherever none is folded."""
+    return integer_spec(site, config, hadamard=site.inputs == "hidden" or (config.online and site.inputs == "stream"))
 
 
 def compress(weight_NI: Tensor, inputs: SecondMoment, spec: Spec, config: Config) -> dict[str, Tensor]:

@@ -31,7 +31,10 @@ class Config(GptqConfig):
     high_bits: int = Field(8, ge=2, le=8, description="bits of the weights on the largest directions")
     high_share: float = Field(0.125, ge=0, le=0.5, description="share of directions in high precision; r is near it")
     hidden_high_share: float = Field(0.0, ge=0, le=0.5, description="the same for the input of down_proj")
-    stream_basis: Literal["pca", "hadamard", "none"] = Field("pca", description="U_A, of the residual stream")
+    stream_basis: Literal["pca", "hadamard", "order", "none"] = Field(
+        "pca",
+        description="U_A, of the stream; order: a permutation and an online Hadamard transform, for Gemma and Phi-3",
+    )
     heads_basis: Literal["pca", "hadamard", "none"] = Field("pca", description="U_B, of the values")
     hadamard: bool = Field(True, description="U_D, the transform of down_proj's input")
     weight_share: float = Field(0.0, ge=0, le=1, description="share of the weights' own moments in what picks directions")
@@ -58,8 +61,9 @@ def plan(site: Site, config: Config) -> Spec:
         ValueError: a site too narrow for its high part.
     """
     high, hadamard = 0, False
-    if site.inputs == "stream" and config.stream_basis == "pca":
+    if site.inputs == "stream" and config.stream_basis in ("pca", "order"):
         high = high_channels(site.in_features, config.high_share)
+        hadamard = config.stream_basis == "order"
     elif site.inputs == "heads" and config.heads_basis == "pca":
         high = site.heads * high_per_head(site.in_features // site.heads, config.high_share)
     elif site.inputs == "hidden":

@@ -15,7 +15,7 @@ from compress.quantizer import round_to_nearest
 BASE = {
     "format": "mixed_precision", "in_features": 96, "out_features": 40, "bias": False, "bits": 4, "group_size": 0,
     "high_features": 0, "high_bits": 8, "heads": 0, "hadamard": False, "activation_bits": 16, "activation_groups": 1,
-    "clip": 1.0,
+    "clip": 0.0,
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "w4": {},
@@ -23,7 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "w3 ragged groups": {"bits": 3, "group_size": 40},
     "w2": {"bits": 2, "group_size": 16},
     "w8a8": {"bits": 8, "activation_bits": 8},
-    "w4a4": {"activation_bits": 4, "clip": 0.85},
+    "w4a4": {"activation_bits": 4, "clip": 2.5},
     "w4a4 groups": {"activation_bits": 4, "group_size": 32, "activation_groups": 3},
     "resq stream": {"activation_bits": 4, "high_features": 32},
     "resq heads": {"activation_bits": 4, "high_features": 12, "heads": 6, "activation_groups": 6},
@@ -104,7 +104,7 @@ def test_storage_coordinates_are_orthogonal(case: str) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"bits": 9}, {"activation_bits": 3}, {"high_features": 96}, {"activation_groups": 5}, {"heads": 5}, {"clip": 0.0}],
+    [{"bits": 9}, {"activation_bits": 3}, {"high_features": 96}, {"activation_groups": 5}, {"heads": 5}, {"clip": -1.0}],
     ids=str,
 )
 def test_impossible_specs_are_refused(changes: dict[str, Any]) -> None:
