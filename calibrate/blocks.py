@@ -38,6 +38,7 @@ class BlockRunner:
         self.returns_tuple = False
         self.hidden: list[Tensor] = []
         self.reference: list[Tensor] | None = None  # of the original model, see `pair`
+        self.share = 1.0
         self.mask: Tensor | None = None  # of the batch that is running
 
     def embed(self) -> None:
@@ -52,9 +53,10 @@ class BlockRunner:
             for ids, mask in self.batches:
                 self._drive({"input_ids": ids.to(self.device)}, mask)
 
-    def pair(self) -> None:
-        """Keep a second stream of hidden states, that of the original model; `grams` then compares the two."""
-        self.reference = self.hidden
+    def pair(self, share: float = 1.0) -> None:
+        """Keep a second stream of hidden states, that of the original model; the targets of `grams` then lie `share` of the
+        way from the inputs to those of the original stream."""
+        self.reference, self.share = self.hidden, share
 
     def run(self, index: int, *, keep: bool) -> None:
         """Run block `index` on all batches; with `keep` its outputs become the new hidden states.
@@ -148,7 +150,7 @@ class BlockRunner:
         Args:
             keep: make the block's outputs the new hidden states.
             views: for linears that round their inputs, `(key, round)`; they get a `SeenGram`, shared under equal keys.
-                With a second stream all get one, whose targets are the original stream's inputs; that stream moves on.
+                With a second stream all get one, see `pair`; that stream moves on.
         Raises:
             CompressError: a linear was never called, or its input is not finite, by name.
         """
@@ -175,7 +177,7 @@ class BlockRunner:
                         grams.setdefault(name, Gram(x.shape[-1], x.device)).add(x, self.mask)
                     else:
                         gram = grams.setdefault(name, SeenGram(x.shape[-1], x.device))
-                        gram.add(targets.get(name, x), rounded(x) if rounded else x, self.mask)
+                        gram.add(x.lerp(targets.get(name, x), self.share), rounded(x) if rounded else x, self.mask)
                 called.add(name)
                 if not keep and len(called) == len(linears):
                     raise _Stop  # the rest of the block would be computed for nothing

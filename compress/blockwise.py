@@ -83,7 +83,7 @@ def compress_blocks(
 
     runner = start_runner(prepared, tokens)
     if prepared.recipe.calibration.inputs == "paired":
-        runner.pair()
+        runner.pair(prepared.recipe.calibration.paired_share)
     modules: list[ModuleReport] = []
     pending = [index for index in plan.by_block if index not in done]
     last = plan.num_blocks - 1 if HEAD in pending else max(pending, default=HEAD)  # the last block that must run

@@ -53,6 +53,9 @@ class Calibration(_Strict):
         description="statistics of a block: after compressed predecessors, in the original model, or paired: what comes "
         "from compressed predecessors is fitted to what the original would answer",
     )
+    paired_share: float = Field(
+        0.25, gt=0, le=1, description="how much of the difference between the two a paired fit makes good"
+    )
 
 
 class Rule(_Strict):

@@ -96,14 +96,15 @@ def test_uncalled_linear_is_named() -> None:
         runner.grams(0, {"spare": torch.nn.Linear(2, 2)}, keep=False)
 
 
-def test_paired_streams_meet_at_every_linear() -> None:
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_paired_streams_meet_at_every_linear(share: float) -> None:
     """Block 0 is changed for one stream only; in block 1 each token's two inputs are known from running both models."""
     runner = runner_for("llama", padded=True)
     linear, names = runner.blocks[1].mlp.down_proj, ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     linears = {name: runner.blocks[1].get_submodule(name) for name in names}
     changed = runner.blocks[0].mlp.down_proj.weight.data
     runner.embed()
-    runner.pair()
+    runner.pair(share)
     runner.run_reference(0)
     before = changed.clone()
     changed.mul_(0.7)
@@ -121,10 +122,11 @@ def test_paired_streams_meet_at_every_linear() -> None:
     compressed = inputs()
     changed.copy_(before)
     original = inputs()
+    target = compressed + share * (original - compressed)
     grams = runner.grams(1, linears, keep=True)
     assert grams["mlp.gate_proj"] is grams["mlp.up_proj"]
     gram, tokens = grams["mlp.down_proj"], len(original)
-    assert torch.allclose(gram.target.mean(), original.T @ original / tokens, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(gram.target.mean(), target.T @ target / tokens, rtol=1e-4, atol=1e-5)
     assert torch.allclose(gram.seen.mean(), compressed.T @ compressed / tokens, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(gram.cross_II / tokens, original.T @ compressed / tokens, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(gram.cross_II / tokens, target.T @ compressed / tokens, rtol=1e-4, atol=1e-5)
     assert (runner.hidden[0] - runner.reference[0]).abs().max() > 1e-3  # both moved on
