@@ -23,6 +23,7 @@ from compress.layers import build
 from compress.lineage import Lineage
 from compress.model import build_skeleton, head_width
 from compress.moments import Moments, gather
+from compress.orthonormal import hadamard_basis, pca_basis
 from compress.plan import HEAD
 from compress.prepare import Prepared
 from compress.reorder import ReorderedSource
@@ -31,10 +32,8 @@ from compress.rotation import (
     Rotation,
     Wanted,
     final_norm_spec,
-    hadamard_basis,
     high_per_head,
     norm_readers,
-    pca_basis,
     require_rotatable,
 )
 from compress.source import Source

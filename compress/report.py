@@ -78,6 +78,14 @@ class Report:
         known = [module for module in self.modules if module.error is not None]
         return max(known, key=lambda module: module.error, default=None)
 
+    def bits(self) -> dict[str, float]:
+        """Average bits of a weight and of an activation of the compressed matrices, scales counted."""
+        dense = sum(module.dense_bytes for module in self.modules)
+        return {
+            "bits_per_weight": 16 * sum(module.packed_bytes for module in self.modules) / dense,
+            "bits_per_activation": sum(module.dense_bytes * module.activation_bits for module in self.modules) / dense,
+        }
+
     def summary(self) -> dict[str, Any]:
         dense = sum(module.dense_bytes for module in self.modules)
         packed = sum(module.packed_bytes for module in self.modules)
@@ -86,8 +94,7 @@ class Report:
             "dense_bytes": dense,
             "packed_bytes": packed,
             "measured_ratio": 1 - packed / dense,
-            "bits_per_weight": 16 * packed / dense,
-            "bits_per_activation": sum(m.dense_bytes * m.activation_bits for m in self.modules) / dense,
+            **self.bits(),
             "mean_error": sum(errors) / len(errors) if errors else None,
             "worst_error": self.worst and self.worst.error,
             "worst_module": self.worst and self.worst.name,

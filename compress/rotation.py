@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.kernels.hadamard import hadamard
 from compress.model import decoder_blocks, head_width, is_tied, output_head
 from compress.reorder import require_reorderable
 from compress.source import Source
@@ -99,41 +98,6 @@ def _missing_linears(model: nn.Module, wanted: Wanted) -> list[str]:
     needed = [*(["v_proj", "o_proj"] if wanted.heads != "none" else []), *(_HIDDEN_WRITERS if wanted.hidden_order else [])]
     names = {name.rpartition(".")[2] for name, _ in decoder_blocks(model)[1][0].named_modules()}
     return [leaf for leaf in needed if leaf not in names]
-
-
-def random_orthogonal(width: int, generator: torch.Generator) -> Tensor:
-    """Haar-distributed `[width, width]` fp64: QR of a normal matrix with the signs of R taken out."""
-    q, r = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))
-    return q * r.diagonal().sign()
-
-
-def pca_basis(moment: Tensor, high: int, generator: torch.Generator | None) -> Tensor:
-    """Orthonormal `[n, n]` fp64 whose last `high` columns span the directions of largest second moment.
-
-    Within the low and the high part a random rotation spreads the energy evenly over the coordinates, so that one scale
-    fits all of them; with no generator the columns stay eigenvectors.
-
-    Raises:
-        ValueError: the moment is not finite.
-    """
-    if not torch.isfinite(moment).all():
-        raise ValueError("the second moment holds NaN or infinite values")
-    vectors = torch.linalg.eigh(moment.double().cpu()).eigenvectors  # ascending; on the CPU: the same on every device
-    if generator is None:
-        return vectors
-    low = len(vectors) - high
-    parts = [vectors[:, :low] @ random_orthogonal(low, generator)]
-    if high:
-        parts.append(vectors[:, low:] @ random_orthogonal(high, generator))
-    return torch.cat(parts, dim=1)
-
-
-def hadamard_basis(width: int, generator: torch.Generator | None = None) -> Tensor:
-    """Orthonormal Hadamard matrix fp64, with random signs of its rows when there is a generator."""
-    matrix = hadamard(torch.eye(width, dtype=torch.float64))
-    if generator is None:
-        return matrix
-    return matrix * (2 * torch.randint(0, 2, (width, 1), generator=generator, dtype=torch.float64) - 1)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`compress evaluate`: one JSON-ready result and one table, the original beside the compressed model.
 
-    {"protocol": ..., "environment": ..., "compressed": {"quality", "tasks", "checkpoint_bytes"}, "original": the same,
+    {"protocol": ..., "environment": ..., "compressed": {"quality", "tasks", "checkpoint_bytes", "bits"},
+     "original": the same without bits,
      "difference": {"quality": {figure, figure_stderr}, "tasks": {task: {metric, metric_stderr}}}}
 
 Differences are compressed less original, their standard errors those of paired values (the same windows, the same
@@ -23,9 +24,15 @@ from compress.errors import CompressError
 from compress.evaluate.quality import cache_spec, differences, finite, mean_and_error, measure
 from compress.evaluate.tasks import TaskResult, run_tasks
 from compress.evaluate.text import make_windows
-from compress.report import megabytes
+from compress.layers import compressed_matrices
+from compress.report import Report, megabytes
 
 _FIGURES = {"perplexity": "perplexity", "kl": "KL divergence (nats)", "top1_agreement": "top-1 agreement"}
+_BITS = {
+    "bits_per_weight": "bits of a weight",
+    "bits_per_activation": "bits of an activation",
+    "bits_per_key_or_value": "bits of a key or value",
+}
 _OF_THE_ORIGINAL = {"kl": 0.0, "top1_agreement": 1.0}  # by definition
 
 
@@ -65,6 +72,8 @@ def compare(
         "environment": _environment(model),
         "compressed": {},
     }
+    if matrices := compressed_matrices(model):
+        result["compressed"]["bits"] = Report.of_specs(matrices, 0, 0).bits()
     if original is not None:
         result["original"], result["difference"] = {}, {}
     for side, size in zip(("compressed", "original"), checkpoint_bytes or (), strict=False):
@@ -148,6 +157,10 @@ def table(result: dict[str, Any]) -> Table:
         for metric in [name for name in metrics if not name.endswith("_stderr")]:
             cells = [_shown(side.get("tasks", {}).get(task, {}), metric, sign=side is sides[2]) for side in sides]
             table.add_row(f"{task} {metric}", *cells)
+    bits = {**sides[1].get("bits", {}), **sides[1].get("quality", {})}
+    for key, label in _BITS.items():
+        if key in bits:
+            table.add_row(label, "", f"{bits[key]:.2f}", "")
     before, after = (side.get("checkpoint_bytes") for side in sides[:2])
     if after is not None:
         change = f"{100 * (after / before - 1):+.1f} %" if before else ""

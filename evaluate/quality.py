@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.cache import KVCache
 from compress.cache.attached import new_cache
 
 
@@ -30,6 +31,7 @@ class Quality:
     nll: Tensor
     kl: Tensor | None = None
     agreement: Tensor | None = None
+    cache_bits: float | None = None  # per key or value in the cache after a window, everything counted
 
     @property
     def perplexity(self) -> float:
@@ -44,6 +46,8 @@ class Quality:
             if name == "loss":
                 summary["perplexity"] = finite(self.perplexity)
                 summary["perplexity_stderr"] = mean_and_error(self.perplexity * self.nll)[1]
+        if self.cache_bits is not None:
+            summary["bits_per_key_or_value"] = self.cache_bits
         return summary
 
 
@@ -71,7 +75,7 @@ def finite(value: float) -> float | None:
 
 def cache_spec(model: nn.Module) -> dict[str, Any] | None:
     """The options of the KV cache that `log_probabilities` reads through; None for a model without one."""
-    own = new_cache(model, exact_prefill=False)
+    own = empty_cache(model)
     return None if own is None else own.spec
 
 
@@ -83,7 +87,7 @@ def through_own_cache(model: nn.Module) -> Iterator[None]:
     @wraps(forward)  # generate looks at the signature
     def cached(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is None:
-            kwargs.update(past_key_values=new_cache(model, exact_prefill=False), use_cache=True)
+            kwargs.update(past_key_values=empty_cache(model), use_cache=True)
         return forward(*args, **kwargs)
 
     if cache_spec(model) is None:
@@ -96,10 +100,14 @@ def through_own_cache(model: nn.Module) -> Iterator[None]:
         del model.forward  # the class's own shows again
 
 
-def log_probabilities(model: nn.Module, window: Tensor) -> Tensor:
-    """`[length - 1, vocabulary]` fp32 log-probabilities of each next token of one window `[length]`."""
+def empty_cache(model: nn.Module) -> KVCache | None:
+    """The model's own cache for one window: an exact prompt would look lossless. None for a model without one."""
+    return new_cache(model, exact_prefill=False)
+
+
+def log_probabilities(model: nn.Module, window: Tensor, cache: KVCache | None) -> Tensor:
+    """`[length - 1, vocabulary]` fp32 log-probabilities of the next token of one window `[length]`, read through `cache`."""
     device = next(model.parameters()).device
-    cache = new_cache(model, exact_prefill=False)  # an exact prompt would look lossless
     logits = model(window[None].to(device), past_key_values=cache, use_cache=cache is not None).logits[0, :-1]
     return torch.log_softmax(logits.float(), dim=-1)
 
@@ -112,15 +120,17 @@ def measure(
     rows: dict[str, list[float]] = {"nll": [], "kl": [], "agreement": [], "original": []}
     for window in windows:
         target = window[1:, None]
-        ours = log_probabilities(model, window)
+        cache = empty_cache(model)
+        ours = log_probabilities(model, window, cache)
         rows["nll"].append(float(-ours.gather(1, target.to(ours.device)).double().mean()))
         if original is not None:
-            theirs = log_probabilities(original, window).to(ours.device)
+            theirs = log_probabilities(original, window, empty_cache(original)).to(ours.device)
             rows["original"].append(float(-theirs.gather(1, target.to(ours.device)).double().mean()))
             rows["kl"].append(float((theirs.exp() * (theirs - ours)).sum(dim=1).double().mean()))
             rows["agreement"].append(float((theirs.argmax(1) == ours.argmax(1)).double().mean()))
         tick()
     column = {name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()}
+    bits = None if cache is None else cache.bits_per_element
     if original is None:
-        return Quality(column["nll"]), None
-    return Quality(column["nll"], column["kl"], column["agreement"]), Quality(column["original"])
+        return Quality(column["nll"], cache_bits=bits), None
+    return Quality(column["nll"], column["kl"], column["agreement"], bits), Quality(column["original"])

@@ -12,7 +12,7 @@ import torch
 import compress
 from compress.errors import CompressError
 from compress.evaluate.compare import compare, table
-from compress.evaluate.quality import differences, log_probabilities, measure, through_own_cache
+from compress.evaluate.quality import differences, empty_cache, log_probabilities, measure, through_own_cache
 from compress.evaluate.text import make_windows
 from compress.recipe import Recipe
 from compress.run import run
@@ -106,11 +106,15 @@ def test_a_model_with_a_cache_is_measured_through_it(tiny_llama: Path, tmp_path:
     spec = result["protocol"]["kv_cache"]
     assert spec["method"] == "per_token" and spec["bits"] == 2 and spec["exact_prefill"] is False
     assert "read through the per_token cache of 2 bits" in str(table(result).title)
+    weights = [m for m in model.modules() if hasattr(m, "spec")]
+    scales = sum(16 * m.out_features for m in weights) / sum(m.in_features * m.out_features for m in weights)
+    assert result["compressed"]["bits"] == {"bits_per_weight": pytest.approx(8 + scales), "bits_per_activation": 16}
+    assert result["compressed"]["quality"]["bits_per_key_or_value"] == 2 + 2 * 16 / 16  # a scale and a minimum per head
     window = torch.randint(0, 256, (20,))
     with torch.inference_mode():
         plain = torch.log_softmax(model(window[None]).logits[0, :-1].float(), -1)
         with through_own_cache(model):
             cached = torch.log_softmax(model(window[None]).logits[0, :-1].float(), -1)
         again = torch.log_softmax(model(window[None]).logits[0, :-1].float(), -1)
-        assert torch.equal(cached, log_probabilities(model, window))
+        assert torch.equal(cached, log_probabilities(model, window, empty_cache(model)))
     assert torch.equal(plain, again) and not torch.allclose(plain, cached, atol=1e-3)

@@ -15,6 +15,7 @@ from compress.errors import CompressError
 from compress.layers import build
 from compress.model import build_skeleton, materialise
 from compress.moments import Moments, gather
+from compress.orthonormal import hadamard_basis, pca_basis, random_orthogonal
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
 from compress.rotation import (
@@ -23,9 +24,6 @@ from compress.rotation import (
     Rotation,
     Wanted,
     final_norm_spec,
-    hadamard_basis,
-    pca_basis,
-    random_orthogonal,
 )
 from compress.source import open_source
 from helpers import save_tiny, tiny_recipe, tiny_tokenizer

@@ -154,3 +154,9 @@ def build(spec: Spec) -> CompressedLinear:
 def dense_bytes(spec: Spec) -> int:
     """Bytes of the same weight in bf16: the denominator of every ratio."""
     return 2 * spec["in_features"] * spec["out_features"]
+
+
+def compressed_matrices(model: nn.Module) -> dict[str, Spec]:
+    """Specs of the compressed linears of a model, by name; the norm that a rotation leaves behind is none."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    return {name: module.spec for name, module in found.items() if module.format != "rotated_norm"}

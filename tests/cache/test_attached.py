@@ -13,7 +13,7 @@ import compress
 from compress.cache import KVCache
 from compress.cache.attached import new_cache
 from compress.errors import CompressError
-from compress.evaluate.quality import log_probabilities
+from compress.evaluate.quality import empty_cache, log_probabilities
 from compress.recipe import Recipe
 from compress.run import run
 from helpers import save_tiny
@@ -50,7 +50,7 @@ def test_keys_have_bases_and_values_are_folded(resq: Path) -> None:
     basis = bases.of("keys")[1]
     assert basis.dtype == torch.float32 and torch.allclose(basis.mT @ basis, torch.eye(64).expand(2, -1, -1), atol=1e-5)
     cache = new_cache(model)
-    log_probabilities(model, IDS[0])
+    log_probabilities(model, IDS[0], empty_cache(model))
     with torch.inference_mode():
         model(IDS, past_key_values=cache)
     assert cache.bits_per_element == 8 * 44 / 64  # 56 channels in 4 bits, 8 in 8, two scales and minima of 16 bits
@@ -58,7 +58,7 @@ def test_keys_have_bases_and_values_are_folded(resq: Path) -> None:
 
 def test_evaluation_reads_through_the_cache(resq: Path) -> None:
     model = compress.load(resq)
-    through = log_probabilities(model, IDS[0])
+    through = log_probabilities(model, IDS[0], empty_cache(model))
     with torch.inference_mode():
         without = torch.log_softmax(model(IDS, use_cache=False).logits[0, :-1], dim=-1)
     assert 1e-4 < (through - without).abs().max() < 2

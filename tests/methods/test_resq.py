@@ -13,8 +13,9 @@ import torch
 from compress.layers import build, dense_bytes, packed_bytes
 from compress.linalg import SecondMoment
 from compress.methods import Site, quarot, resq
+from compress.orthonormal import pca_basis
 from compress.recipe import Recipe
-from compress.rotation import high_channels, high_per_head, pca_basis
+from compress.rotation import high_channels, high_per_head
 from compress.run import run
 
 SMOLLM2 = [
