@@ -126,13 +126,18 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_cost_one_line(mistake: str, tiny_llama: Path, recipe_file: Path, tmp_path: Path) -> None:
+def test_mistakes_cost_one_line(
+    mistake: str, tiny_llama: Path, recipe_file: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Most in this process: each would pay the imports otherwise."""
     extra, message = MISTAKES[mistake]
     recipe = [] if "--recipe" in extra else ["--recipe", recipe_file]
     output = [] if "-o" in extra else ["-o", tmp_path / "out"]
     if mistake == "no output":
         extra = []
-    expect_failure(compress("model", tiny_llama, *recipe, *output, *extra), message)
+    arguments = ["model", tiny_llama, *recipe, *output, *extra]
+    alone = mistake in ("unknown recipe", "no hub", "unknown option")
+    expect_failure(compress(*arguments) if alone else run_here(monkeypatch, capsys, *arguments), message)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +152,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_bad_models_cost_one_line(kind: str, recipe_file: Path, tmp_path: Path) -> None:
+def test_bad_models_cost_one_line(kind: str, recipe_file: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     damage, message = MODELS[kind]
     model = tmp_path / "models" / "tiny"
     (tmp_path / "models").mkdir()
@@ -155,7 +160,8 @@ def test_bad_models_cost_one_line(kind: str, recipe_file: Path, tmp_path: Path) 
     if damage:
         save_tiny(model)
         damage(model)
-    expect_failure(compress("model", model, "--recipe", recipe_file, "-o", tmp_path / "work" / "out"), message)
+    done = run_here(monkeypatch, capsys, "model", model, "--recipe", recipe_file, "-o", tmp_path / "work" / "out")
+    expect_failure(done, message)
     assert list((tmp_path / "work").iterdir()) == []
 
 
