@@ -56,8 +56,8 @@ class Wanted:
 
 
 def high_channels(width: int, share: float) -> int:
-    """r near `share` of a width: a multiple of 64, of 32 in narrow layers, of 8 in the tiny ones of tests."""
-    unit = 64 if width >= 512 else 32 if width >= 256 else 8
+    """r near `share` of a width: a multiple of 64, of 32 below a width of 1024, of 8 in the tiny ones of tests."""
+    unit = 64 if width >= 1024 else 32 if width >= 256 else 8
     return max(unit, round(share * width / unit) * unit) if share else 0
 
 

@@ -9,8 +9,8 @@ Layout, for I = L + H inputs, N output neurons, groups of `group_size` columns (
 
 With `activation_bits` 16 the weight is multiplied out and used as it is. With 4 or 8 the inputs are rounded on the fly:
 per token, per part and per one of `activation_groups` equal slices of the part, asymmetric, the range forced to hold 0 and,
-in parts of fewer than 8 bits, cut at `clip` times the root mean square of the slice (0: never); the high part always gets
-at least 8 bits. Then codes meet codes:
+in parts of fewer than 8 bits, cut at `clip` times the root mean square of the slice (0: never); the high part gets
+`high_bits`, but never fewer than the low one, and is not cut. Then codes meet codes:
 
     y[t, n] = sum over segments g of s_x[t,g] s_w[n,g] ( sum_k q_x[t,k] q_w[n,k] - z[t,g] rho[n,g] )
 
@@ -148,8 +148,9 @@ def mixed_precision(
     )  # fmt: skip
     if high is not None:
         y += _integer_part(
-            x_TI[:, low_width:], high, high_scale, high_sums, high_bits, 8, group_size, activation_groups, 0.0
-        )
+            x_TI[:, low_width:], high, high_scale, high_sums, high_bits, max(high_bits, activation_bits), group_size,
+            activation_groups, 0.0,
+        )  # fmt: skip
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 

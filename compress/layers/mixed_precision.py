@@ -110,7 +110,7 @@ class Layer(CompressedLinear):
 
     @classmethod
     def rounding(cls, spec: Spec) -> tuple:
-        keys = ("activation_bits", "activation_groups", "clip", "high_features", "heads", "hadamard")
+        keys = ("activation_bits", "activation_groups", "clip", "high_features", "high_bits", "heads", "hadamard")
         return tuple(spec[key] for key in keys) if spec["activation_bits"] < 16 else ()
 
     @classmethod
@@ -120,7 +120,8 @@ class Layer(CompressedLinear):
         inputs, high = spec["in_features"], spec["high_features"]
         parts = 2 if high else 1
         scales = parts * spec["activation_groups"] * _ACTIVATION_SCALE_BITS
-        return ((inputs - high) * spec["activation_bits"] + high * 8 + scales) / inputs
+        low_bits, high_bits = spec["activation_bits"], max(spec["activation_bits"], spec["high_bits"])
+        return ((inputs - high) * low_bits + high * high_bits + scales) / inputs
 
     @classmethod
     def seen_input(cls, spec: Spec, x: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ class Layer(CompressedLinear):
         bits, groups = spec["activation_bits"], spec["activation_groups"]
         parts = [round_activation(low, bits, groups, spec["clip"] if bits < 8 else 0.0)]
         if spec["high_features"]:
-            parts.append(round_activation(high, 8, groups))
+            parts.append(round_activation(high, max(bits, spec["high_bits"]), groups))
         return from_storage(spec, torch.cat(parts, dim=-1)).to(x.dtype)
 
 

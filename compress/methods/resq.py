@@ -28,8 +28,9 @@ from compress.rotation import Wanted, high_channels, high_per_head
 
 class Config(GptqConfig):
     group_size: int = Field(0, ge=0, description="input columns that share a scale; 0: one scale per precision part")
-    high_bits: int = Field(8, ge=2, le=8, description="bits of the weights on the largest directions")
+    high_bits: int = Field(8, ge=2, le=8, description="bits of weights and rounded inputs on the largest directions")
     high_share: float = Field(0.125, ge=0, le=0.5, description="share of directions in high precision; r is near it")
+    heads_high_share: float | None = Field(None, ge=0, le=0.5, description="the same for o_proj; null: as high_share")
     hidden_high_share: float = Field(0.0, ge=0, le=0.5, description="the same for the input of down_proj")
     stream_basis: Literal["pca", "hadamard", "order", "none"] = Field(
         "pca",
@@ -47,11 +48,15 @@ def rotation(config: Config, hidden_size: int, head_dim: int) -> Wanted:
         stream=config.stream_basis,
         stream_high=high_channels(hidden_size, config.high_share),
         heads=config.heads_basis,
-        heads_high=high_per_head(head_dim, config.high_share),
+        heads_high=high_per_head(head_dim, _heads_share(config)),
         hidden_order=config.hidden_high_share > 0,
         weight_share=config.weight_share,
         seed=config.seed,
     )
+
+
+def _heads_share(config: Config) -> float:
+    return config.high_share if config.heads_high_share is None else config.heads_high_share
 
 
 def plan(site: Site, config: Config) -> Spec:
@@ -65,7 +70,7 @@ def plan(site: Site, config: Config) -> Spec:
         high = high_channels(site.in_features, config.high_share)
         hadamard = config.stream_basis == "order"
     elif site.inputs == "heads" and config.heads_basis == "pca":
-        high = site.heads * high_per_head(site.in_features // site.heads, config.high_share)
+        high = site.heads * high_per_head(site.in_features // site.heads, _heads_share(config))
     elif site.inputs == "hidden":
         high, hadamard = high_channels(site.in_features, config.hidden_high_share), config.hadamard
     if high >= site.in_features:

@@ -38,7 +38,7 @@ def test_packed_size_of_the_published_setting() -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "high"), [(576, 64), (768, 128), (896, 128), (1024, 128), (2048, 256), (4096, 512), (64, 8)]
+    ("width", "high"), [(576, 64), (768, 96), (896, 128), (1024, 128), (2048, 256), (4096, 512), (64, 8)]
 )
 def test_high_channels_are_near_an_eighth_and_aligned(width: int, high: int) -> None:
     assert high_channels(width, 0.125) == high
