@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "resq stream": {"activation_bits": 4, "high_features": 32},
     "resq heads": {"activation_bits": 4, "high_features": 12, "heads": 6, "activation_groups": 6},
     "resq hidden": {"activation_bits": 4, "hadamard": True},
+    "six bits": {"activation_bits": 4, "high_features": 32, "high_bits": 6, "hadamard": True, "clip": 2.6},
     "all of it": {"bits": 5, "activation_bits": 8, "hadamard": True, "high_features": 16, "high_bits": 6, "group_size": 24},
     "odd width": {"in_features": 13, "out_features": 3, "bits": 6, "activation_bits": 8},
 }

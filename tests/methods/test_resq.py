@@ -57,6 +57,22 @@ def test_parts_of_the_sites() -> None:
     assert uniform["high_features"] == 0 and not uniform["hadamard"]
 
 
+def test_average_bits_count_both_parts_and_the_scales() -> None:
+    """96 of 576 inputs in 6 bits and the others in 4, two scales and zeros of 24 bits; weights with two 16-bit scales."""
+    spec = spec_of(resq, SMOLLM2[0][0], resq.Config(activation_bits=4, high_bits=6, high_share=1 / 6))
+    assert spec["high_features"] == 96
+    assert build(spec).activation_bits(spec) == pytest.approx(4 + 2 * 96 / 576 + 2 * 24 / 576)
+    assert 16 * packed_bytes(spec) / dense_bytes(spec) == pytest.approx(4 + 2 * 96 / 576 + 2 * 16 / 576)
+    eight = spec_of(resq, SMOLLM2[0][0], resq.Config(activation_bits=8, high_bits=6))
+    assert build(eight).activation_bits(eight) == pytest.approx(8 + 2 * 24 / 576)  # never fewer than the low part
+
+
+def test_heads_may_have_a_share_of_their_own() -> None:
+    config = resq.Config(high_share=1 / 6, heads_high_share=0.25)
+    assert resq.plan(SMOLLM2[2][0], config)["high_features"] == 9 * 16
+    assert resq.rotation(config, 576, 64).heads_high == 16
+
+
 def test_high_share_that_a_site_cannot_take() -> None:
     with pytest.raises(ValueError, match="high-precision channels of 8"):
         resq.plan(Site(8, 8, "stream"), resq.Config(high_share=0.5))
