@@ -56,7 +56,8 @@ class Silent:
 
 
 def start_runner(prepared: Prepared, tokens: data.Tokens) -> BlockRunner:
-    """A runner that holds the first block's inputs; the model has no weights again when it returns."""
+    """A runner that holds the first block's inputs. What lies around the blocks (position tables, norms) keeps its weights,
+    because the model runs it again with every block; only the embedding, the one large part of it, is dropped."""
     model = prepared.model
     for module in model.modules():
         for key, buffer in module.named_buffers(recurse=False):
@@ -64,9 +65,12 @@ def start_runner(prepared: Prepared, tokens: data.Tokens) -> BlockRunner:
     batches = tokens.batches(max(1, _BATCH_TOKENS // tokens.ids.shape[1]))
     runner = BlockRunner(model, model.get_submodule(prepared.plan.blocks_name), batches, prepared.device)
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-    materialise(model, prepared.source, embedding, prepared.dtype, prepared.device)
+    around = prepared.plan.blocks_name.rpartition(".")[0]
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta and name.startswith(around) and not name.startswith(f"{prepared.plan.blocks_name}."):
+            materialise(model, prepared.source, name, prepared.dtype, prepared.device)
     runner.embed()
-    release(model, embedding)
+    release(model, embedding + ".")
     return runner
 
 

@@ -39,7 +39,7 @@ FAMILIES["gemma3_text"]["num_hidden_layers"] = 4
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """A random fp32 model. Norms and biases are random too, so that forgetting one shows."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES.get(family, {}), **changes})
     config.dtype = torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -61,6 +61,17 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     assert similarity > 0.4  # measured: 0.52 (qwen3) to 0.99; unrelated models give 0.0
 
 
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+def test_what_lies_around_the_blocks_is_there_when_they_run(family: str, tmp_path: Path) -> None:
+    """Learned positions (OPT) and a norm behind the embedding (Bloom): the model runs them again with every block."""
+    sizes = {"opt": {"ffn_dim": 96, "word_embed_proj_dim": 64}, "bloom": {"n_layer": 3, "n_head": 4}}[family]
+    source = save_tiny(tmp_path / "model", family, **sizes)
+    weights = [{"method": "none", "targets": ["*head"]}, {"method": "gptq", "bits": 8, "targets": ["*"]}]
+    run(source, Recipe.from_dict({**tiny_recipe(), "weights": weights}), tmp_path / "out")
+    want = logits(AutoModelForCausalLM.from_pretrained(source))
+    assert (logits(compress.load(tmp_path / "out")) - want).norm() < 0.02 * want.norm()
+
+
 @pytest.mark.parametrize("method", names())
 def test_nearly_full_size_is_nearly_lossless(method: str, tiny_llama: Path, tmp_path: Path) -> None:
     key, most, least = ("ratio", 0.02, 0.6) if method in ("cospadi", "svd_llm") else ("bits", 8, 3)
