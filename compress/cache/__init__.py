@@ -30,10 +30,11 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
 from compress.cache.layer import CacheConfig, PackedLayer
+from compress.cache.queries import show_queries
 from compress.errors import CompressError
 from compress.suggest import unknown
 
-METHODS = ("per_token",)
+METHODS = ("kivi", "per_token", "squat")
 _OWN_LAYER = ("sliding_attention", "chunked_attention", "dummy")
 
 Bases = Mapping[int, Tensor] | Sequence[Tensor | None]
@@ -48,6 +49,8 @@ class KVCache(Cache):
         bits: 2 to 8 bits per code; 16 keeps the states as they came.
         key_bases, value_bases: orthonormal bases by layer index, `[head_dim, head_dim]` or
             `[kv_heads, head_dim, head_dim]`; those of layers that are not packed are not read.
+        metrics: for squat, second moments of the queries by layer index, `[kv_heads, head_dim, head_dim]`; without them
+            the prompt's own queries decide.
         offloading: keep layers on the CPU and fetch each one ahead of its turn, as `DynamicCache` does; needs a GPU.
         options: what the method's `Config` knows, for per_token: key_bits, value_bits, high_bits, high_channels,
             sink_tokens, exact_prefill, capacity.
@@ -64,6 +67,7 @@ class KVCache(Cache):
         *,
         key_bases: Bases | None = None,
         value_bases: Bases | None = None,
+        metrics: Bases | None = None,
         offloading: bool = False,
         **options: Any,
     ) -> None:
@@ -74,14 +78,22 @@ class KVCache(Cache):
             _by_layer(name, bases, len(layer_types))
             for name, bases in (("key_bases", key_bases), ("value_bases", value_bases))
         )
+        given = _by_layer("metrics", metrics, len(layer_types))
         packed = load(method).Layer
+        asks = "metric" in getattr(packed, "takes", ())
+        if given and not asks:
+            raise CompressError(f"KV cache method {method} takes no metrics; squat does")
         layers = [
-            packed(self.options, keys.get(index), values.get(index))
+            packed(self.options, keys.get(index), values.get(index), **({"metric": given.get(index)} if asks else {}))
             if layer_type == "full_attention"
             else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs)
             for index, (layer_type, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True))
         ]
         super().__init__(layers=layers, offloading=offloading)
+        if asks and isinstance(model_or_config, nn.Module):
+            show_queries(model_or_config)
+            for layer in self.layers:
+                layer.watched = isinstance(layer, PackedLayer) and layer.given is None
 
     @property
     def spec(self) -> dict[str, Any]:

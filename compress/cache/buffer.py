@@ -48,6 +48,15 @@ class GrowingRows:
         """Forget every row from `length` on; the capacity stays."""
         self.length = min(self.length, length)
 
+    def remove(self, start: int, count: int) -> None:
+        """Forget `count` rows from `start` on; those behind them move up, and room for many more than are left is freed."""
+        kept = torch.cat([self.data[:, :, :start], self.data[:, :, start + count : self.length]], dim=2)
+        self.length -= count
+        if self.data.shape[2] > 4 * max(self.length, _SMALLEST):
+            batch, heads, _, width = self.data.shape
+            self.data = self.data.new_empty(batch, heads, 2 * max(self.length, _SMALLEST), width)
+        self.data[:, :, : self.length] = kept
+
     def select(self, indices: Tensor) -> None:
         """Batch rows in the order of `indices`, with repetitions; indices as tensors take them, masks included."""
         self.data = self.data[indices.to(self.data.device)]

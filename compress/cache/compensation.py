@@ -1,0 +1,82 @@
+"""The maths of SQuat: keys rounded block of channels by block of channels, each error kept away from the queries.
+
+Paper: SQuat, arXiv:2503.24358. A key is only ever read as q . k, so of its rounding error e only e^T A e matters, where A
+is the second moment of the queries that will read it. With A = I + strength C d / tr C, channels are rounded in blocks;
+the error of block t moves the channels f behind it, which are not rounded yet, to where e^T A e is smallest:
+
+    x_f += G_t e_t        G_t = -A_ff^{-1} A_ft
+
+This is GPTQ with the queries' moment as the Hessian. strength 0 makes every G_t zero: plain rounding (KIVI).
+
+Where we differ from the released code: one Cholesky solve per block instead of an SVD, an explicit inverse and a Schur
+recursion (the same numbers); the strength is relative to the mean diagonal of C, so it does not grow with the prompt;
+channels are visited from the most to the least queried one, so that those that cannot be corrected any more matter least;
+a cap on the entries of G keeps corrected channels in their range.
+Cost: d^3 / 3 per block once, then one [n, g] x [g, f] product per block and group of tokens.
+
+Legend: B batch, H KV heads, N groups of tokens, G tokens of a group, D channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.cache.quantizer import dequantize, quantize_tokens
+
+
+def visiting_order(metric_HDD: Tensor) -> Tensor:
+    """Channels `[..., D]` from the largest to the smallest diagonal entry of the metric."""
+    return metric_HDD.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+
+
+def corrections(metric_HDD: Tensor, block: int, strength: float, cap: float = 1.0) -> list[Tensor]:
+    """G_t of every block but the last, `[..., D - (t + 1) block, block]` fp32, for channels in visiting order.
+
+    Args:
+        metric_HDD: second moment of the queries, any positive scale; a zero one corrects nothing.
+        cap: largest absolute entry of a G_t; a matrix above it is scaled down as a whole.
+    Raises:
+        ValueError: the metric is not finite.
+    """
+    metric = metric_HDD.double()
+    if not torch.isfinite(metric).all():
+        raise ValueError("the second moment of the queries holds NaN or infinite values")
+    width = metric.shape[-1]
+    scale = metric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None].clamp_min(torch.finfo(torch.float64).tiny)
+    full = torch.eye(width, dtype=torch.float64, device=metric.device) + strength * metric / scale
+    order = visiting_order(metric_HDD)
+    full = full.gather(-2, order[..., :, None].expand_as(full)).gather(-1, order[..., None, :].expand_as(full))
+    result = []
+    for start in range(0, width - block, block):
+        now, after = slice(start, start + block), slice(start + block, width)
+        moved = -torch.cholesky_solve(full[..., after, now], torch.linalg.cholesky(full[..., after, after]))
+        largest = moved.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(cap)
+        result.append((moved * (cap / largest)).float())
+    return result
+
+
+def quantize_groups(
+    x_BHNGD: Tensor, bits: int, dtype: torch.dtype, block: int, moves: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round keys per channel and group of tokens; channels are in visiting order.
+
+    Args:
+        moves: of `corrections`, `[B, H, f, g]` or `[H, f, g]`; an empty list rounds all channels as they are.
+    Returns:
+        codes uint8 `[B, H, N, G, D]`, scale and minimum `[B, H, N, D]` in `dtype`.
+    """
+    x = x_BHNGD.float().clone()
+    width = x.shape[-1]
+    step = block if moves else width
+    codes, scales, minima = [], [], []
+    for index, start in enumerate(range(0, width, step)):
+        part = x[..., start : start + step]
+        code, scale, minimum = quantize_tokens(part.mT, bits, dtype)  # one row per channel, the group's tokens in it
+        codes.append(code.mT)
+        scales.append(scale.squeeze(-1))
+        minima.append(minimum.squeeze(-1))
+        if index < len(moves):
+            error = dequantize(code, scale, minimum).mT - part
+            x[..., start + step :] += error @ moves[index].mT[..., None, :, :]
+    return torch.cat(codes, dim=-1), torch.cat(scales, dim=-1), torch.cat(minima, dim=-1)

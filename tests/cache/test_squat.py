@@ -1,0 +1,211 @@
+"""KIVI's groups and SQuat's compensation: identities, equal bytes however a text is cut, less error where queries look."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import compress
+from cache_helpers import greedy, prompt, same, states
+from compress.cache import KVCache, kivi, read_config, squat
+from compress.cache.compensation import corrections, quantize_groups, visiting_order
+from compress.errors import CompressError
+from helpers import tiny_model
+
+
+def metric(heads: int = 2, width: int = 64) -> Tensor:
+    """Second moment of queries of very unequal channels."""
+    q = torch.randn(heads, 400, width) @ torch.randn(heads, width, width) * torch.logspace(1, -1, width)
+    return q.mT @ q / 400
+
+
+def layer(method: Any, given: Tensor | None = None, **options: Any) -> kivi.Layer:
+    config = read_config(method.__name__.rpartition(".")[2], options)
+    return method.Layer(config) if method is kivi else method.Layer(config, metric=given)
+
+
+def streamed(cache: kivi.Layer, keys: Tensor, values: Tensor, cuts: list[int]) -> kivi.Layer:
+    for chunk in zip(keys.split(cuts, dim=2), values.split(cuts, dim=2), strict=True):
+        cache.update(*chunk)
+    return cache
+
+
+@pytest.mark.parametrize("method", [kivi, squat])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_the_same_bytes_however_a_text_is_cut(method: Any, bits: int, sinks: int) -> None:
+    keys, values, given = states(150), states(150), metric()
+    options = {"bits": bits, "sink_tokens": sinks, "window": 20, "group_size": 16}
+    whole = streamed(layer(method, given, **options), keys, values, [150])
+    for cuts in ([1] * 150, [3, 60, 1, 86]):
+        other = streamed(layer(method, given, **options), keys, values, cuts)
+        assert same(whole, other) and all(map(torch.equal, whole.read(), other.read()))
+    groups = (150 - sinks - 20) // 16
+    assert whole.key_codes.length == groups and whole.exact_keys.length == 150 - 16 * groups
+    read = whole.read()[0]
+    assert torch.equal(read[:, :, :sinks], keys[:, :, :sinks]) and torch.equal(read[:, :, -20:], keys[:, :, -20:])
+
+
+def test_errors_are_within_half_a_step_and_bytes_are_counted() -> None:
+    keys, values = states(4 + 64 + 32, dtype=torch.bfloat16), states(100, dtype=torch.bfloat16)
+    cache = layer(kivi, bits=2)
+    first = cache.update(keys, values)
+    assert all(map(torch.equal, first, (keys, values))), "the prompt attends to its own exact states"
+    read_keys, read_values = cache.read()
+    middle = keys[:, :, 4:68].float().unflatten(2, (2, 32))
+    step = (middle.amax(3, keepdim=True) - middle.amin(3, keepdim=True)) / 3
+    error = (read_keys[:, :, 4:68].float().unflatten(2, (2, 32)) - middle).abs()
+    assert (error <= 0.53 * step + 0.01 * middle.abs()).all()
+    parts = values[:, :, 4:68].float().unflatten(3, (2, 32))
+    step = (parts.amax(4, keepdim=True) - parts.amin(4, keepdim=True)) / 3
+    assert ((read_values[:, :, 4:68].float().unflatten(3, (2, 32)) - parts).abs() <= 0.53 * step + 0.01 * parts.abs()).all()
+    per_head = 64 * 64 * 2 // 8 + 2 * 64 * 2 * 2 + 64 * (16 + 8) + 36 * 64 * 2 * 2  # codes, affine, values, exact
+    assert cache.nbytes == 4 * per_head
+
+
+def test_a_long_prompt_leaves_no_dense_copy() -> None:
+    cache = layer(kivi)
+    cache.update(states(2000), states(2000))
+    assert cache.reserved_nbytes < 0.1 * 2000 * 64 * 4 * 2 * 4
+
+
+def test_strength_zero_is_kivi_and_one_block_corrects_nothing() -> None:
+    keys, values = states(120), states(120)
+    plain = streamed(layer(kivi), keys, values, [120])
+    for options in ({"strength": 0.0}, {"block": 64}):
+        other = streamed(layer(squat, metric(), **options), keys, values, [120])
+        assert same(plain, other), options
+
+
+def test_corrections_are_the_constrained_minimum() -> None:
+    """Against the published form P_fc P_cc^{-1} with P = A^{-1}, and A's visiting order."""
+    given = metric()
+    moves = corrections(given, 16, 5.0, cap=1e9)
+    order = visiting_order(given)
+    for head in range(2):
+        full = torch.eye(64).double() + 5 * given[head].double() / given[head].diagonal().double().mean()
+        full = full[order[head]][:, order[head]]
+        inverse = torch.linalg.inv(full)
+        for index, move in enumerate(moves):
+            stop = 16 * (index + 1)
+            want = (inverse[stop:, :stop] @ torch.linalg.inv(inverse[:stop, :stop]))[:, -16:]
+            assert torch.allclose(move[head].double(), want, atol=1e-5)
+    assert len(moves) == 3 and moves[0].shape == (2, 48, 16)
+    capped = corrections(given, 16, 5.0, cap=0.01)
+    assert max(float(move.abs().max()) for move in capped) <= 0.01 + 1e-6
+
+
+def test_in_the_limit_the_error_is_orthogonal_to_the_queries() -> None:
+    q = (torch.randn(2, 400, 6) @ torch.randn(2, 6, 64)).double()
+    given = q.mT @ q
+    order = visiting_order(given)
+    basis = torch.linalg.eigh(given.double()).eigenvectors[..., -6:]
+    move = corrections(given, 8, 1e7, cap=1e9)[0].double()
+    for head in range(2):
+        rows = basis[head][order[head]]
+        error = torch.randn(8).double()
+        whole = torch.cat([error, move[head] @ error])
+        assert (rows.T @ whole).norm() < 1e-4 * (rows[:8].T @ error).norm()
+
+
+def test_less_error_where_queries_look() -> None:
+    """On queries that were not in the metric."""
+    mix = torch.randn(1, 64, 64) * torch.logspace(0.5, -1.5, 64)[:, None]
+    q, later = torch.randn(1, 500, 64) @ mix, torch.randn(1, 500, 64) @ mix
+    keys = states(256, heads=1, batch=1).unflatten(2, (8, 32))
+    given = q.mT @ q
+    order = visiting_order(given)
+    sorted_keys = keys.gather(-1, order[None, :, None, None].expand_as(keys))
+    errors = {}
+    for block in (64, 32, 8):
+        moves = corrections(given, block, 10.0)
+        codes, scale, minimum = quantize_groups(sorted_keys, 2, torch.bfloat16, block, moves)
+        error = codes.float() * scale.float().unsqueeze(-2) + minimum.float().unsqueeze(-2) - sorted_keys
+        seen = later.gather(-1, order[:, None].expand_as(later))
+        errors[block] = float((error.flatten(2, 3) @ seen.mT).norm())
+    assert errors[8] < errors[32] < errors[64] and errors[8] < 0.6 * errors[64], errors
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_generation_collects_the_queries_of_the_prompt(family: str) -> None:
+    model = tiny_model(family)
+    ids = prompt(2, 90)
+    cache = KVCache(model, "squat", bits=8, group_size=16, window=8)
+    dense = greedy(model, ids, compress.KVCache(model, bits=16), new=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(greedy(model, ids, cache, new=4), dense)
+    packed = next(item for item in cache.layers if isinstance(item, squat.Layer))
+    assert packed._frozen and packed.metric.rows().any() and packed.key_codes.length > 3
+
+
+def test_queries_of_padding_do_not_count() -> None:
+    model = tiny_model("llama")
+    ids = prompt(1, 60)
+    alone = KVCache(model, "squat", group_size=16, window=8, sink_tokens=0)
+    greedy(model, ids, alone, new=2)
+    padded = torch.cat([torch.zeros(1, 16, dtype=ids.dtype), ids], dim=1)
+    mask = (torch.arange(76) >= 16).long()[None]
+    beside = KVCache(model, "squat", group_size=16, window=8, sink_tokens=0)
+    greedy(model, padded, beside, new=2, attention_mask=mask)
+    for one, two in zip(alone.layers, beside.layers, strict=True):
+        assert torch.allclose(one.metric.rows().float(), two.metric.rows().float(), rtol=0.01, atol=0.01)
+        # 16 tokens of padding are one group: what follows has the bytes it has alone, up to the last bits of the metric
+        assert (one.packed_keys() - two.packed_keys()[:, :, 16:]).abs().mean() < 0.02 * one.packed_keys().abs().mean()
+
+
+def test_without_queries_it_is_kivi_and_says_so() -> None:
+    model = tiny_model("llama")
+    cache = KVCache(model.config, "squat", group_size=16, window=8)
+    with pytest.warns(UserWarning, match="saw no queries"):
+        model(prompt(1, 60), past_key_values=cache)
+
+
+def test_cropping_into_a_group_keeps_what_it_read() -> None:
+    keys, values = states(120), states(120)
+    cache = streamed(layer(kivi, bits=4), keys, values, [120])
+    before = cache.read()
+    cache.crop(-70)
+    assert cache.get_seq_length() == 50 and all(
+        torch.equal(now, then[:, :, :50]) for now, then in zip(cache.read(), before, strict=True)
+    )
+    cache.crop(-48)
+    assert torch.equal(cache.read()[0], keys[:, :, :2])
+    cache.update(keys[:, :, 2:], values[:, :, 2:])
+    assert torch.equal(cache.read()[0], before[0])
+
+
+def test_beams_and_copies() -> None:
+    keys, values = states(100), states(100)
+    cache = streamed(layer(squat, metric()), keys, values, [100])
+    fork = copy.deepcopy(cache)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert torch.equal(cache.read()[0][0], fork.read()[0][1])
+    more = states(80)
+    cache.update(more[:, :, :40], more[:, :, :40])
+    fork.update(more[:, :, :40], more[:, :, :40])
+    assert torch.equal(cache.read()[0][1], fork.read()[0][1])
+    cache.batch_repeat_interleave(2)
+    assert cache.read()[0].shape[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda model: KVCache(model, "kivi", bits=9), "less than or equal to 8"),
+        (lambda model: KVCache(model, "kivi", group_size=12), "multiple of 8"),
+        (lambda model: KVCache(model, "per_token", metrics={0: metric()}), "takes no metrics; squat does"),
+        (lambda model: KVCache(model, "kivi", key_bases={0: torch.eye(16)}), "take no bases"),
+        (lambda model: KVCache(model, "squat", metrics={0: metric()}), r"is \[2, 16, 16\], got \[2, 64, 64\]"),
+        (lambda model: KVCache(model, "squat", block=5), "block 5 does not divide the head_dim of 16"),
+    ],
+)
+def test_mistakes_are_named(build: Any, message: str) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(CompressError, match=message):
+        model(prompt(1, 4), past_key_values=build(model))
