@@ -123,17 +123,22 @@ def evaluate(
     shots: Annotated[
         int | None, typer.Option(min=0, help="Examples in the prompt, instead of the task's own number.")
     ] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option(help="Read through this KV cache instead of the model's own: '{method: squat, bits: 2}'.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON.")] = None,
     device: Device = "auto",
 ) -> None:
     """Perplexity, KL divergence, top-1 agreement and lm-eval tasks, original beside compressed."""
     load_libraries()
+    from compress.cache.attached import attach
     from compress.evaluate import compare as comparison
     from compress.evaluate.tasks import check_tasks
     from compress.model import load_for_evaluation
     from compress.prepare import choose_device
     from compress.source import open_source
 
+    cache = _cache_options(kv_cache)
     names = [task.strip() for task in tasks.split(",") if task.strip()]
     if dataset == "none" and not names:
         raise CompressError("nothing to measure: give --tasks, or a --dataset")
@@ -148,6 +153,8 @@ def evaluate(
         raise CompressError(
             f"{against} has another vocabulary than {model}; give --against the model it was compressed from"
         )
+    if cache:
+        attach(ours, *cache)
     sizes = [sum(tensor.num_bytes for tensor in side.tensors.values()) for side in sides]
     with BarProgress() as progress:
         result = comparison.compare(
@@ -171,6 +178,18 @@ def evaluate(
     out.print(comparison.table(result))
     if output:
         output.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _cache_options(text: str | None) -> tuple[str, dict] | None:
+    """Method and checked options of `--kv-cache`."""
+    from compress.cache import read_config
+    from compress.recipe import yaml_mapping
+
+    if text is None:
+        return None
+    options = yaml_mapping(text, "--kv-cache")
+    method = options.pop("method", "per_token")
+    return method, read_config(method, options).model_dump()
 
 
 def _require_writable(output: Path | None) -> None:

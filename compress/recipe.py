@@ -109,7 +109,10 @@ class Recipe(_Strict):
             raise ValueError("expected a mapping, for example {method: per_token, bits: 4}")
         own = {key: value[key] for key in ("method", "basis", "high_share") if key in value}
         options = {key: item for key, item in value.items() if key not in own}
-        return KvCache(**own, options=read_config(own.get("method", "per_token"), options))
+        method = own.get("method", "per_token")
+        if method != "per_token" and (own.get("basis", "none") != "none" or own.get("high_share")):
+            raise ValueError(f"{method} takes no basis and no high_share; they belong to per_token")
+        return KvCache(**own, options=read_config(method, options))
 
     @field_validator("weights", mode="before")
     @classmethod
@@ -127,7 +130,7 @@ class Recipe(_Strict):
     @classmethod
     def load(cls, name_or_path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
         """A shipped recipe by name or a YAML file, with `a.b=value` overrides applied before checking."""
-        data = yaml_mapping(read_text(name_or_path), str(name_or_path))
+        data = yaml_mapping(read_text(name_or_path), f"recipe {name_or_path}")
         for override in overrides:
             _override(data, override)
         return cls.from_dict(data)
@@ -161,9 +164,9 @@ def yaml_mapping(text: str, origin: str) -> dict[str, Any]:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise CompressError(f"recipe {origin} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise CompressError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
-        raise CompressError(f"recipe {origin} must be a mapping of keys, got {type(data).__name__}")
+        raise CompressError(f"{origin} must be a mapping of keys, got {type(data).__name__}")
     return data
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from compress.checkpoint import versions
 from compress.errors import CompressError
-from compress.evaluate.quality import cache_spec, differences, finite, mean_and_error, measure
+from compress.evaluate.quality import cache_spec, differences, empty_cache, finite, mean_and_error, measure
 from compress.evaluate.tasks import TaskResult, run_tasks
 from compress.evaluate.text import make_windows
 from compress.layers import compressed_matrices
@@ -67,8 +67,10 @@ def compare(
     """
     if original is not None:
         _require_same_vocabulary(model, original)
+    own = empty_cache(model)
+    decoded = own is not None and not own.reads_in_one_pass
     result: dict[str, Any] = {
-        "protocol": {"kv_cache": cache_spec(model)},
+        "protocol": {"kv_cache": cache_spec(model), "decoded": decoded},
         "environment": _environment(model),
         "compressed": {},
     }
@@ -177,6 +179,8 @@ def _title(protocol: dict[str, Any]) -> str:
     if protocol["kv_cache"]:
         cache = protocol["kv_cache"]
         parts.append(f"keys and values read through the {cache['method']} cache of {cache['bits']} bits")
+    if protocol["decoded"]:
+        parts.append("the second half of each window, token by token")
     return "; ".join(parts)
 
 

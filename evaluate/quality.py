@@ -4,8 +4,9 @@ Per predicted token: the negative log-likelihood, KL(original || compressed) in 
 first. Logits become log-probabilities in fp32. Means over tokens; standard errors over windows, because tokens of one
 window are not independent. Differences are paired: both models see the same windows, whose difficulty cancels.
 Numbers that do not exist (the error of a single window) or are not finite are None, so that JSON can hold them.
-A model with a KV cache of its own reads every key and value through it; its caches quantize token by token, so one pass
-sees what decoding would see. Cost: one forward pass per model and window; logits of one window are held at a time.
+A model with a KV cache of its own reads every key and value through it. Where the cache quantizes token by token, one
+pass sees what decoding would see; where it keeps a window of exact tokens, `compress.evaluate.decoding` really decodes.
+Cost: one forward pass per model and window; logits of one window are held at a time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from compress.cache import KVCache
 from compress.cache.attached import new_cache
+from compress.evaluate.decoding import decoded_columns
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def through_own_cache(model: nn.Module) -> Iterator[None]:
             kwargs.update(past_key_values=empty_cache(model), use_cache=True)
         return forward(*args, **kwargs)
 
-    if cache_spec(model) is None:
+    own = empty_cache(model)
+    if own is None or not own.reads_in_one_pass:  # the prompt of a windowed cache is exact: a likelihood never reads it
         yield
         return
     model.forward = cached
@@ -105,6 +108,15 @@ def empty_cache(model: nn.Module) -> KVCache | None:
     return new_cache(model, exact_prefill=False)
 
 
+def decode(
+    model: nn.Module, windows: Tensor, original: nn.Module | None, tick: Callable[[], None]
+) -> tuple[Quality, Quality | None]:
+    """`measure` for a cache that one pass does not read: figures of the second half of every window, token by token."""
+    columns, bits = decoded_columns(model, windows, original, tick)
+    ours = Quality(columns["nll"], columns.get("kl"), columns.get("agreement"), bits)
+    return ours, None if original is None else Quality(columns["original"])
+
+
 def log_probabilities(model: nn.Module, window: Tensor, cache: KVCache | None) -> Tensor:
     """`[length - 1, vocabulary]` fp32 log-probabilities of the next token of one window `[length]`, read through `cache`."""
     device = next(model.parameters()).device
@@ -117,6 +129,9 @@ def measure(
     model: nn.Module, windows: Tensor, original: nn.Module | None = None, tick: Callable[[], None] = lambda: None
 ) -> tuple[Quality, Quality | None]:
     """Quality of `model` on token windows `[windows, length]`, and of `original` when given; `tick` after each window."""
+    own = empty_cache(model)
+    if own is not None and not own.reads_in_one_pass:
+        return decode(model, windows, original, tick)
     rows: dict[str, list[float]] = {"nll": [], "kl": [], "agreement": [], "original": []}
     for window in windows:
         target = window[1:, None]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import compress
+from compress.cache.attached import attach, new_cache
 from compress.errors import CompressError
 from compress.evaluate.compare import compare, table
 from compress.evaluate.quality import differences, empty_cache, log_probabilities, measure, through_own_cache
@@ -118,3 +119,36 @@ def test_a_model_with_a_cache_is_measured_through_it(tiny_llama: Path, tmp_path:
         again = torch.log_softmax(model(window[None]).logits[0, :-1].float(), -1)
         assert torch.equal(cached, log_probabilities(model, window, empty_cache(model)))
     assert torch.equal(plain, again) and not torch.allclose(plain, cached, atol=1e-3)
+
+
+def test_windowed_caches_are_decoded() -> None:
+    """With a window that holds everything the figures are those of a forward pass over the second half."""
+    model, original, windows = tiny_model("llama"), tiny_model("llama", seed=1), torch.randint(0, 256, (3, 60))
+    attach(model, "kivi", {"window": 60})
+    ours, theirs = measure(model, windows, original)
+    with torch.inference_mode():
+        p, q = (torch.log_softmax(m(windows).logits[:, 29:-1].double(), -1) for m in (original, model))
+    target = windows[:, 30:, None]
+    for quality, logs in ((ours, q), (theirs, p)):
+        assert torch.allclose(quality.nll, -logs.gather(2, target).mean(dim=(1, 2)), rtol=1e-4)
+    assert torch.allclose(ours.kl, (p.exp() * (p - q)).sum(-1).mean(1), rtol=1e-3)
+    assert ours.cache_bits == 32  # fp32 states, nothing packed
+
+    attach(model, "squat", {"window": 8, "group_size": 8, "bits": 2})
+    packed, _ = measure(model, windows[:1])
+    cache, logs = new_cache(model), []
+    with torch.inference_mode():
+        for part in windows[:1].split([30, *[1] * 29, 1], dim=1)[:-1]:
+            logs.append(torch.log_softmax(model(part, past_key_values=cache).logits[:, -1].double(), -1))
+    want = -torch.stack(logs, 1).gather(2, target[:1]).mean()
+    assert float(packed.nll[0]) == pytest.approx(float(want), rel=1e-4)
+    assert packed.cache_bits == cache.bits_per_element < 20 and abs(packed.nll[0] - ours.nll[0]) > 1e-4
+
+
+def test_recipes_may_ask_for_squat(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = {**tiny_recipe(), "weights": {"method": "rtn", "bits": 8}, "kv_cache": {"method": "squat", "group_size": 8}}
+    run(tiny_llama, Recipe.from_dict(recipe), tmp_path / "out")
+    result = compare(compress.load(tmp_path / "out"), tiny_tokenizer(), dataset="python-docs", length=64, windows=2)
+    assert result["protocol"]["decoded"] and "the second half of each window" in str(table(result).title)
+    with pytest.raises(CompressError, match="squat takes no basis"):
+        Recipe.from_dict({**recipe, "kv_cache": {"method": "squat", "basis": "pca"}})

@@ -101,6 +101,11 @@ class KVCache(Cache):
         return {"method": self.method, **self.options.model_dump()}
 
     @property
+    def reads_in_one_pass(self) -> bool:
+        """Whether one forward pass over a text sees the keys and values that decoding it token by token would see."""
+        return all(layer.reads_in_one_pass for layer in self.layers if isinstance(layer, PackedLayer))
+
+    @property
     def nbytes(self) -> int:
         """Bytes in use in all layers, those of transformers included."""
         return sum(_layer_bytes(layer)[0] for layer in self.layers)

@@ -80,6 +80,22 @@ def new_cache(model: nn.Module, **changes: Any) -> KVCache | None:
     )
 
 
+def attach(model: nn.Module, method: str, options: dict[str, Any]) -> None:
+    """Give a model without bases a cache of its own, in the place of one it may have; CompressError for wrong options."""
+    config = model.config.get_text_config(decoder=True)
+    heads, width = config.num_key_value_heads, getattr(config, "head_dim", None)
+    saved = {
+        "method": method,
+        "options": read_config(method, options).model_dump(),
+        "bases": {side: [] for side in _SIDES},
+        "heads": heads,
+        "head_dim": width or config.hidden_size // config.num_attention_heads,
+    }
+    KVCache(model.config, method, **saved["options"])  # refuses models that it cannot serve
+    model.add_module(CACHE_MODULE, CacheBases(saved))
+    model._prepare_cache_for_generation = CachedGeneration(model)
+
+
 class CachedGeneration:
     """`_prepare_cache_for_generation` of one model: a fresh cache of its own unless the caller says otherwise."""
 

@@ -52,6 +52,7 @@ class Layer(PackedLayer):
 
     config: Config
     takes: ClassVar[tuple[str, ...]] = ()
+    reads_in_one_pass = False  # a token meets its neighbours exact, and rounded only once they are old
 
     def __init__(self, config: Config, key_basis: Tensor | None = None, value_basis: Tensor | None = None) -> None:
         if key_basis is not None or value_basis is not None:
