@@ -209,3 +209,43 @@ def test_mistakes_are_named(build: Any, message: str) -> None:
     model = tiny_model("llama")
     with pytest.raises(CompressError, match=message):
         model(prompt(1, 4), past_key_values=build(model))
+
+
+@pytest.mark.parametrize("method", ["kivi", "squat"])
+def test_huge_key_biases_do_not_collapse_it(method: str) -> None:
+    """Qwen2's keys have biases far larger than what varies, in channels that rotary embedding turns slowly; a scale per
+    channel takes them in, one per token does not."""
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        for block in model.model.layers:
+            slow = block.self_attn.k_proj.bias.view(-1, 2, 8)[..., 6:]  # the last of the 8 pairs of a head
+            slow.copy_(100 * torch.randn_like(slow))
+    ids = prompt(2, 120)
+    errors = {}
+    for name, cache in {
+        "dense": KVCache(model, bits=16),
+        "per_token": KVCache(model, bits=4),
+        method: KVCache(model, method, bits=4, window=8, group_size=16),
+    }.items():
+        with torch.inference_mode():
+            model(ids[:, :100], past_key_values=cache)
+            steps = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(100, 120)]
+        errors[name] = torch.cat(steps, dim=1)
+    dense = errors.pop("dense")
+    errors = {name: float((logits - dense).norm() / dense.norm()) for name, logits in errors.items()}
+    assert errors[method] < 0.1 and errors[method] < 0.3 * errors["per_token"], errors
+
+
+@pytest.mark.parametrize("method", ["kivi", "squat"])
+@pytest.mark.parametrize(
+    "search", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"assisted": True}], ids=str
+)
+def test_searches_run_on_it(method: str, search: dict[str, Any]) -> None:
+    """At 8 bits they find what they find in a dense cache."""
+    model, ids = tiny_model("llama"), prompt(1, 60)
+    search = dict(search)
+    if search.pop("assisted", False):
+        search["assistant_model"] = tiny_model("llama", seed=1)
+    want = greedy(model, ids, compress.KVCache(model, bits=16), new=8, **search)
+    got = greedy(model, ids, KVCache(model, method, bits=8, window=8, group_size=8), new=8, **search)
+    assert torch.equal(got, want)
