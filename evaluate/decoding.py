@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from compress.cache.attached import new_cache
+from compress.cache.attached import CACHE_ARGUMENT, new_cache
 
 _BATCH = 16  # windows side by side
 
@@ -60,7 +60,7 @@ def _decode(model: nn.Module, cache: Any, ids: Tensor, original: nn.Module | Non
         target, seen = ids[:, position : position + 1], {}
         for name, (side, own) in sides.items():
             device = next(side.parameters()).device
-            logits = side(fed.to(device), past_key_values=own, use_cache=True, logits_to_keep=1).logits[:, -1]
+            logits = side(fed.to(device), **{CACHE_ARGUMENT: own}, use_cache=True, logits_to_keep=1).logits[:, -1]
             seen[name] = torch.log_softmax(logits.float(), dim=-1)
             add(name, -seen[name].gather(1, target.to(device)).squeeze(1))
         if original is not None:

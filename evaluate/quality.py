@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.cache import KVCache
-from compress.cache.attached import new_cache
+from compress.cache.attached import CACHE_ARGUMENT, new_cache
 from compress.evaluate.decoding import decoded_columns
 
 
@@ -88,8 +88,8 @@ def through_own_cache(model: nn.Module) -> Iterator[None]:
 
     @wraps(forward)  # generate looks at the signature
     def cached(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is None:
-            kwargs.update(past_key_values=empty_cache(model), use_cache=True)
+        if kwargs.get(CACHE_ARGUMENT) is None:
+            kwargs.update({CACHE_ARGUMENT: empty_cache(model)}, use_cache=True)
         return forward(*args, **kwargs)
 
     own = empty_cache(model)
@@ -120,7 +120,7 @@ def decode(
 def log_probabilities(model: nn.Module, window: Tensor, cache: KVCache | None) -> Tensor:
     """`[length - 1, vocabulary]` fp32 log-probabilities of the next token of one window `[length]`, read through `cache`."""
     device = next(model.parameters()).device
-    logits = model(window[None].to(device), past_key_values=cache, use_cache=cache is not None).logits[0, :-1]
+    logits = model(window[None].to(device), **{CACHE_ARGUMENT: cache}, use_cache=cache is not None).logits[0, :-1]
     return torch.log_softmax(logits.float(), dim=-1)
 
 

@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from compress.cache import KVCache, read_config
 from compress.errors import CompressError
 from compress.layers import keeping_dtype
 
 CACHE_MODULE = "compress_kv"
+# What models and generate call the argument: renamed by transformers 5.24, where the old name still works from outside.
+CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 _SIDES = ("keys", "values")
 
 
@@ -104,7 +107,7 @@ class CachedGeneration:
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         asked = generation_config.cache_implementation is not None or generation_config.use_cache is False
-        if not asked and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = new_cache(self.model)
+        if not asked and model_kwargs.get(CACHE_ARGUMENT) is None:
+            model_kwargs[CACHE_ARGUMENT] = new_cache(self.model)
         prepare = type(self.model)._prepare_cache_for_generation
         return prepare(self.model, generation_config, model_kwargs, *args, **kwargs)
