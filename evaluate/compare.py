@@ -21,7 +21,7 @@ from torch import nn
 
 from compress.checkpoint import versions
 from compress.errors import CompressError
-from compress.evaluate.quality import cache_spec, differences, empty_cache, finite, mean_and_error, measure
+from compress.evaluate.quality import differences, empty_cache, finite, mean_and_error, measure
 from compress.evaluate.tasks import TaskResult, run_tasks
 from compress.evaluate.text import make_windows
 from compress.layers import compressed_matrices
@@ -68,9 +68,11 @@ def compare(
     if original is not None:
         _require_same_vocabulary(model, original)
     own = empty_cache(model)
-    decoded = own is not None and not own.reads_in_one_pass
     result: dict[str, Any] = {
-        "protocol": {"kv_cache": cache_spec(model), "decoded": decoded},
+        "protocol": {
+            "kv_cache": None if own is None else own.spec,
+            "decoded": own is not None and not own.reads_in_one_pass,
+        },
         "environment": _environment(model),
         "compressed": {},
     }

@@ -75,12 +75,6 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def cache_spec(model: nn.Module) -> dict[str, Any] | None:
-    """The options of the KV cache that `log_probabilities` reads through; None for a model without one."""
-    own = empty_cache(model)
-    return None if own is None else own.spec
-
-
 @contextmanager
 def through_own_cache(model: nn.Module) -> Iterator[None]:
     """Let every forward pass that brings no KV cache read its keys and values through the model's own, if it has one."""

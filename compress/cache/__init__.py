@@ -80,20 +80,25 @@ class KVCache(Cache):
         )
         given = _by_layer("metrics", metrics, len(layer_types))
         packed = load(method).Layer
-        asks = "metric" in getattr(packed, "takes", ())
-        if given and not asks:
+        if given and not packed.takes_metric:
             raise CompressError(f"KV cache method {method} takes no metrics; squat does")
         layers = [
-            packed(self.options, keys.get(index), values.get(index), **({"metric": given.get(index)} if asks else {}))
+            packed(
+                self.options,
+                keys.get(index),
+                values.get(index),
+                **({"metric": given.get(index)} if packed.takes_metric else {}),
+            )
             if layer_type == "full_attention"
             else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs)
             for index, (layer_type, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True))
         ]
         super().__init__(layers=layers, offloading=offloading)
-        if asks and isinstance(model_or_config, nn.Module):
+        if packed.takes_metric and isinstance(model_or_config, nn.Module):
             show_queries(model_or_config)
             for layer in self.layers:
-                layer.watched = isinstance(layer, PackedLayer) and layer.given is None
+                if isinstance(layer, PackedLayer):
+                    layer.watched = layer.given is None
 
     @property
     def spec(self) -> dict[str, Any]:

@@ -30,6 +30,13 @@ class GrowingRows:
         """`[batch, heads, length, width]`, a view."""
         return self.data[:, :, : self.length]
 
+    def require_fit(self, states: Tensor) -> None:
+        """ValueError unless `[batch, heads, new, width]` are rows of this batch, these heads and this width."""
+        batch, heads, _, width = self.data.shape
+        if (*states.shape[:2], states.shape[3]) != (batch, heads, width):
+            expected = f"[{batch}, {heads}, new tokens, {width}]"
+            raise ValueError(f"the cache holds states {expected}, got {list(states.shape)}; reset it, or make a new one")
+
     def reserve(self, new: int) -> None:
         """Make room for `new` more rows."""
         batch, heads, capacity, width = self.data.shape

@@ -15,8 +15,6 @@ Cost: O(new tokens) amortised to write; reading multiplies out the whole cache o
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -51,7 +49,6 @@ class Layer(PackedLayer):
     """One attention layer."""
 
     config: Config
-    takes: ClassVar[tuple[str, ...]] = ()
     reads_in_one_pass = False  # a token meets its neighbours exact, and rounded only once they are old
 
     def __init__(self, config: Config, key_basis: Tensor | None = None, value_basis: Tensor | None = None) -> None:
@@ -97,10 +94,7 @@ class Layer(PackedLayer):
         return self._buffers
 
     def append(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, heads, _, width = self.exact_keys.data.shape
-        if (*key_states.shape[:2], key_states.shape[3]) != (batch, heads, width):
-            expected = f"[{batch}, {heads}, new tokens, {width}]"
-            raise ValueError(f"the cache holds states {expected}, got {list(key_states.shape)}; reset it, or make a new one")
+        self.exact_keys.require_fit(key_states)
         self.exact_keys.append(key_states)
         self.exact_values.append(value_states)
         self.flush()

@@ -37,6 +37,7 @@ class CacheConfig(BaseModel):
 class PackedLayer(CacheLayerMixin):
     """Subclasses define `allocate`, `buffers`, `append`, `read`, `truncate`, `release` and `numel`."""
 
+    takes_metric = False  # of the queries, as a constructor argument
     reads_in_one_pass = True  # one forward pass sees what token-by-token decoding sees
     is_sliding = False
     is_croppable = True  # tokens are packed one by one: what is cut leaves no trace

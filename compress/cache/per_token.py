@@ -134,10 +134,7 @@ class Side:
         ]
 
     def append(self, states: Tensor) -> None:
-        batch, heads, _, width = self.exact.data.shape
-        if (*states.shape[:2], states.shape[3]) != (batch, heads, width):
-            expected = f"[{batch}, {heads}, new tokens, {width}]"
-            raise ValueError(f"the cache holds states {expected}, got {list(states.shape)}; reset it, or make a new one")
+        self.exact.require_fit(states)
         room = states.shape[2] if self.kept is None else self.kept - self.exact.length
         self.exact.append(states[:, :, :room])
         rest = states[:, :, room:]

@@ -1,20 +1,18 @@
 """Queries for a cache that wants them: an attention function that shows them and then does what the model's own does.
 
 Transformers hands keys and values to a cache's `update` and queries to the attention function right after it, both in one
-thread. So the layer that was updated last is the one that the queries belong to. The mask function must be registered
-under the same name, or padding would be ignored in silence.
+thread. So the layer that was updated last is the one that the queries belong to.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from compress.attention import look_before
 
 _PREFIX = "compress_queries_"
 _last = threading.local()
@@ -28,19 +26,14 @@ def expect_queries(layer: Any) -> None:
 def show_queries(model: nn.Module) -> None:
     """Give a model the attention function that shows queries; it stays, and does nothing without a cache that asks."""
     own = model.config._attn_implementation
-    if own.startswith(_PREFIX):
-        return
+    if not own.startswith(_PREFIX):
+        look_before(model, _PREFIX + own, _show)
 
-    def shown(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
-        layer, _last.layer = getattr(_last, "layer", None), None
-        if layer is not None:
-            layer.see(query, _valid(mask, query.shape[2]))
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)(module, query, key, value, mask, **options)
 
-    AttentionInterface.register(_PREFIX + own, shown)
-    AttentionMaskInterface.register(_PREFIX + own, ALL_MASK_ATTENTION_FUNCTIONS[own])
-    model.set_attn_implementation(_PREFIX + own)
+def _show(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    layer, _last.layer = getattr(_last, "layer", None), None
+    if layer is not None:
+        layer.see(query, _valid(mask, query.shape[2]))
 
 
 def _valid(mask: Tensor | None, tokens: int) -> Tensor | None:

@@ -15,7 +15,6 @@ Cost beside KIVI's: head_dim^2 fp16 numbers per row and head for a metric of the
 from __future__ import annotations
 
 import warnings
-from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -38,7 +37,7 @@ class Layer(kivi.Layer):
     """One attention layer."""
 
     config: Config
-    takes: ClassVar[tuple[str, ...]] = ("metric",)
+    takes_metric = True
 
     def __init__(
         self,
