@@ -8,8 +8,8 @@ the row's bit stream, and bit 0 is the lowest bit of byte 0.
     b = 3    bytes 3j .. 3j+2 = sum over i of code 8j+i << 3 i, little-endian
     b = 8    byte j = code j
 
-A row whose length is not a multiple of 8 is filled up with zero codes. Codes are unsigned; signed weights store
-code - 2^(b-1).
+A row whose length is not a multiple of 8 is filled up with zero bits. Codes are unsigned; a signed code c of b bits is
+stored as c + 2^(b-1).
 """
 
 from __future__ import annotations
@@ -46,3 +46,17 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     word = word.sum(dim=-1, keepdim=True)
     codes = word >> (bits * torch.arange(8, device=packed.device)) & (1 << bits) - 1
     return codes.to(torch.uint8).flatten(-2)[..., :count]
+
+
+def pack_signed(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes, -2^(bits-1) <= code < 2^(bits-1), to bytes."""
+    return pack((codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8), bits)
+
+
+def holds_more(packed: Tensor, bits: int, count: int) -> bool:
+    """Whether any row has a bit set behind its `count` codes."""
+    unused = packed_width(count, bits) * 8 - count * bits
+    if not unused:
+        return False
+    tail = packed[..., -bits:].long() << (8 * torch.arange(bits, device=packed.device))
+    return bool((tail.sum(dim=-1) & (1 << 8 * bits) - 1).bitwise_right_shift(8 * bits - unused).any())

@@ -1,14 +1,20 @@
-"""y = (x D) S for a bitmask-packed, column-sparse S.
+"""y = x A S for column-sparse codes S over unit vectors, learned atoms, or both: A = [I | D], I or D.
 
-Layout, for N output neurons, K atoms (a multiple of 8) and s nonzeros per neuron:
+Layout, for I inputs, N output neurons, K learned atoms, A = K or I + K atoms in all (unit vectors first) and s nonzeros per
+neuron:
 
-    dictionary [I, K]        floating point, one atom per column
-    values     [N, s]        floating point, the nonzeros of neuron n in ascending order of their atom
-    mask       [N, K / 8]    uint8; atom 8 j + b of neuron n is used when bit b (least significant first) of byte j is set
+    values            [N, s]           floating point, the nonzeros of neuron n in ascending order of their atom; below 16
+                                       bits packed codes plus 2^(bits-1), `compress.kernels.pack`
+    mask              [N, ceil(A / 8)] uint8; atom 8 j + b of neuron n is used when bit b (least significant first) of byte
+                                       j is set, bits past A are zero; absent when all atoms are used
+    scale             [N, G]           of codes: one per neuron and `group_size` atoms, unit and learned ones apart
+    dictionary        [I, K]           one learned atom per column; below 16 bits packed codes; absent without learned atoms
+    dictionary_scale  [K]              of its codes
 
-At K = 2 s, one mask bit per atom is the entropy bound and costs 2 bits per nonzero; 16-bit indices would cost 16.
-The reference expands S to dense and multiplies: correct everywhere, 2 K (I + N) flops per token, and no faster than the
-dense layer. Accumulation and output are in the dtype of x.
+At A = 2 s, one mask bit per atom is the entropy bound and costs 2 bits per nonzero; 16-bit indices would cost 16. With unit
+vectors alone the codes are the weight itself, pruned: nothing is multiplied twice.
+The reference expands the codes to dense and multiplies: correct everywhere, and no faster than the dense layer.
+Accumulation and output are in the dtype of x.
 """
 
 from __future__ import annotations
@@ -16,37 +22,89 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.kernels.pack import unpack
+
 _BITS = tuple(1 << bit for bit in range(8))
 
 
-def pack_mask(mask_NK: Tensor) -> Tensor:
-    """Boolean `[N, K]` to uint8 `[N, K / 8]`; K must be a multiple of 8."""
-    rows, atoms = mask_NK.shape
-    if atoms % 8:
-        raise ValueError(f"expected a multiple of 8 atoms, got {atoms}")
-    weights = torch.tensor(_BITS, device=mask_NK.device, dtype=torch.int32)
-    return (mask_NK.view(rows, atoms // 8, 8).int() * weights).sum(dim=2).to(torch.uint8)
+def pack_mask(mask_NA: Tensor) -> Tensor:
+    """Boolean `[N, A]` to uint8 `[N, ceil(A / 8)]`."""
+    padded = torch.nn.functional.pad(mask_NA, (0, -mask_NA.shape[1] % 8))
+    weights = torch.tensor(_BITS, device=mask_NA.device, dtype=torch.int32)
+    return (padded.unflatten(1, (-1, 8)).int() * weights).sum(dim=2).to(torch.uint8)
 
 
-def unpack_mask(mask: Tensor) -> Tensor:
-    """uint8 `[N, K / 8]` to boolean `[N, K]`."""
+def unpack_mask(mask: Tensor, atoms: int | None = None) -> Tensor:
+    """uint8 `[N, ceil(A / 8)]` to boolean `[N, atoms]`; all stored bits when `atoms` is None."""
     weights = torch.tensor(_BITS, device=mask.device, dtype=torch.uint8)
-    return (mask[:, :, None] & weights).ne(0).flatten(1)
+    return (mask[:, :, None] & weights).ne(0).flatten(1)[:, :atoms]
 
 
-def expand_codes(values: Tensor, mask: Tensor) -> Tensor:
-    """The dense `[N, K]` form of packed codes. Every row of the mask must hold `values.shape[1]` bits."""
-    support = unpack_mask(mask)
+def expand_codes(values: Tensor, mask: Tensor | None, atoms: int) -> Tensor:
+    """The dense `[N, atoms]` form of nonzeros. Every row of the mask must hold `values.shape[1]` bits."""
+    if mask is None:
+        return values
+    support = unpack_mask(mask, atoms)
     return values.new_zeros(support.shape).masked_scatter(support, values)
 
 
+def stored_codes(
+    values: Tensor, mask: Tensor | None, scale: Tensor | None, units: int, learned: int, nonzeros: int, bits: int, group: int
+) -> Tensor:
+    """The codes `[N, units + learned]` that packed tensors stand for: fp32, or as stored when they were not rounded."""
+    if scale is None:
+        return expand_codes(values, mask, units + learned)
+    codes = unpack(values, bits, nonzeros).float() - (1 << (bits - 1))
+    widths = [min(group or part, part - at) for part in (units, learned) for at in range(0, part, group or part or 1)]
+    per_atom = scale.float().repeat_interleave(torch.tensor(widths, device=scale.device), dim=1)
+    return expand_codes(codes, mask, units + learned) * per_atom
+
+
+def stored_dictionary(dictionary: Tensor, scale: Tensor | None, learned: int, bits: int) -> Tensor:
+    """The learned atoms `[I, K]`: fp32, or as stored when they were not rounded."""
+    if scale is None:
+        return dictionary
+    return (unpack(dictionary, bits, learned).float() - (1 << (bits - 1))) * scale.float()
+
+
 @torch.library.custom_op("compress::sparse_dictionary", mutates_args=())
-def sparse_dictionary(x: Tensor, dictionary: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def sparse_dictionary(
+    x: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    dictionary: Tensor | None,
+    dictionary_scale: Tensor | None,
+    unit_atoms: bool,
+    learned_atoms: int,
+    nonzeros: int,
+    value_bits: int,
+    group_size: int,
+    dictionary_bits: int,
+) -> Tensor:
     """`[..., I]` to `[..., N]`; arguments as in the layout above."""
-    codes_NK = expand_codes(values.to(x.dtype), mask)
-    return (x @ dictionary.to(x.dtype)) @ codes_NK.T
+    units = x.shape[-1] if unit_atoms else 0
+    codes = stored_codes(values, mask, scale, units, learned_atoms, nonzeros, value_bits, group_size).to(x.dtype)
+    if dictionary is None:
+        return x @ codes.T
+    atoms = stored_dictionary(dictionary, dictionary_scale, learned_atoms, dictionary_bits).to(x.dtype)
+    y = (x @ atoms) @ codes[:, units:].T
+    return y + x @ codes[:, :units].T if unit_atoms else y
 
 
 @sparse_dictionary.register_fake
-def _(x: Tensor, dictionary: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def _(
+    x: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    dictionary: Tensor | None,
+    dictionary_scale: Tensor | None,
+    unit_atoms: bool,
+    learned_atoms: int,
+    nonzeros: int,
+    value_bits: int,
+    group_size: int,
+    dictionary_bits: int,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])

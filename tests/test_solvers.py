@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.linalg import largest_per_row, leading_directions, polar, whitening
-from compress.solvers import ksvd, orthogonal
+from compress.solvers import ksvd, orthogonal, pursuit, union
 
 
 def problem(inputs: int = 48, outputs: int = 80) -> torch.Tensor:
@@ -62,13 +62,78 @@ def test_largest_per_row_is_exact(ties: bool) -> None:
 def test_refit_codes_reaches_the_least_squares_solution() -> None:
     dictionary, target = torch.randn(40, 16).double(), torch.randn(40, 9).double()
     mask = largest_per_row(torch.rand(9, 16), 6)
-    codes = orthogonal.refit_codes(
+    codes = pursuit.refit_codes(
         dictionary.T @ dictionary, target.T @ dictionary, torch.zeros(9, 16).double(), mask, steps=40
     )
     for column in range(9):
         exact = torch.linalg.lstsq(dictionary[:, mask[column]], target[:, column]).solution
         assert torch.allclose(codes[column, mask[column]], exact, atol=1e-8)
     assert codes[~mask].eq(0).all()
+
+
+def pruning_problem(inputs: int = 64, outputs: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight `[N, I]` and the Gram matrix of correlated inputs, fp64."""
+    x = torch.randn(2000, inputs).double() @ (torch.randn(inputs, inputs) * torch.logspace(0, -1.5, inputs)).double()
+    return torch.randn(outputs, inputs).double(), x.T @ x / len(x)
+
+
+def output_error(weight: torch.Tensor, codes: torch.Tensor, gram: torch.Tensor) -> float:
+    return float((((weight - codes) @ gram) * (weight - codes)).sum())
+
+
+def test_pursuit_finds_what_is_sparse() -> None:
+    weight, gram = pruning_problem()
+    weight = weight * largest_per_row(torch.rand_like(weight), 20)
+    codes, mask = pursuit.solve(gram, weight @ gram, weight, 20)
+    assert torch.equal(mask, weight != 0)
+    assert output_error(weight, codes, gram) <= 1e-6 * output_error(weight, torch.zeros_like(weight), gram)
+
+
+@pytest.mark.parametrize("nonzeros", [8, 32, 60])
+def test_pursuit_beats_scores_and_ends_at_the_least_squares_codes(nonzeros: int) -> None:
+    weight, gram = pruning_problem()
+    score = weight * gram.diagonal().sqrt()
+    pruned = weight * largest_per_row(score.abs(), nonzeros)  # Wanda
+    refitted, _ = pursuit.solve(gram, weight @ gram, weight, nonzeros, thresholds=0)
+    codes, mask = pursuit.solve(gram, weight @ gram, weight, nonzeros)
+    assert mask.sum(dim=1).eq(nonzeros).all() and codes[~mask].eq(0).all()
+    assert output_error(weight, codes, gram) <= output_error(weight, refitted, gram) * (1 + 1e-6)
+    assert output_error(weight, refitted, gram) < 0.9 * output_error(weight, pruned, gram)
+    for row in range(3):
+        kept = mask[row]
+        exact = torch.linalg.solve(gram[kept][:, kept], (weight[row] @ gram)[kept])
+        best = torch.zeros_like(weight[row]).masked_scatter(kept, exact)
+        least = output_error(weight[row : row + 1], best[None], gram)
+        settled = 1e-6 * output_error(weight[row : row + 1], torch.zeros(1, 64), gram)
+        assert output_error(weight[row : row + 1], codes[row : row + 1], gram) <= 1.01 * least + settled
+
+
+@pytest.mark.parametrize("balance", [4, 32])
+def test_balanced_support(balance: int) -> None:
+    weight, gram = pruning_problem()
+    codes, mask = pursuit.solve(gram, weight @ gram, weight, 32, balance=balance)
+    assert mask.unflatten(1, (-1, balance)).sum(dim=2).eq(balance // 2).all()
+    free, _ = pursuit.solve(gram, weight @ gram, weight, 32)
+    assert output_error(weight, free, gram) < output_error(weight, codes, gram)
+
+
+def test_all_atoms_is_the_weight() -> None:
+    weight, gram = pruning_problem()
+    codes, mask = pursuit.solve(gram, weight @ gram, weight, 64)
+    assert mask.all() and torch.allclose(codes, weight, atol=1e-8)
+
+
+def test_union_finds_what_unit_vectors_miss() -> None:
+    """A sparse weight plus a rank-4 one: together nearly exact, far from it with unit vectors alone."""
+    _, gram = pruning_problem()
+    sparse = torch.randn(40, 64).double() * largest_per_row(torch.rand(40, 64), 8)
+    weight = sparse + torch.randn(40, 4).double() @ torch.randn(4, 64).double() / 2
+    dictionary, codes = union.solve(weight, gram, whitening(gram, 1e-9), 8, 16, rounds=6)
+    codes, _ = pursuit.solve(*union.union_moments(gram, weight, dictionary), codes, 16)
+    both = output_error(weight, codes[:, :64] + codes[:, 64:] @ dictionary.T, gram)
+    alone = output_error(weight, pursuit.solve(gram, weight @ gram, weight, 16)[0], gram)
+    assert both < 0.5 * alone
+    assert torch.allclose(dictionary.norm(dim=0), torch.ones(8).double())
 
 
 def test_omp_matches_a_textbook_implementation() -> None:

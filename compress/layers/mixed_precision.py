@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compress.kernels.hadamard import hadamard
 from compress.kernels.mixed_precision import dequantize_part, mixed_precision, round_activation, row_sums
-from compress.kernels.pack import pack, packed_width
+from compress.kernels.pack import holds_more, pack_signed, packed_width
 from compress.layers import CompressedLinear, Spec, TensorSpec
 from compress.quantizer import SCALE_DTYPE, Group, groups_of
 
@@ -60,11 +60,8 @@ class Layer(CompressedLinear):
     def check(cls, spec: Spec, tensors: dict[str, Tensor]) -> None:
         widths = {"low": (spec["in_features"] - spec["high_features"], spec["bits"])}
         widths["high"] = (spec["high_features"], spec["high_bits"])
-        for name, packed in tensors.items():
-            width, bits = widths[name]
-            unused = packed_width(width, bits) * 8 - width * bits  # bits behind the last code of a row
-            tail = packed[:, -bits:].long() << (8 * torch.arange(bits))
-            if unused and (tail.sum(dim=1) & (1 << 8 * bits) - 1).bitwise_right_shift(8 * bits - unused).any():
+        for name, (width, bits) in widths.items():
+            if name in tensors and holds_more(tensors[name], bits, width):
                 raise ValueError(f"{name} has codes beyond its {width} columns")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,7 +149,7 @@ def packed_tensors(spec: Spec, codes_NI: Tensor, scales_NG: Tensor) -> dict[str,
         parts["high"] = (codes_NI[:, low:], scales_NG[:, count:], spec["high_bits"])
     tensors = {}
     for name, (codes, scales, bits) in parts.items():
-        tensors[name] = pack((codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8), bits)
+        tensors[name] = pack_signed(codes, bits)
         tensors[f"{name}_scale"] = scales.to(SCALE_DTYPE).contiguous()
     return tensors
 

@@ -37,6 +37,7 @@ def solve(
     refits: int = 0,
     steps: int = 24,
     power: float = 2.0,
+    mask_NI: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes `[N, I]` int8 and scales `[N, G]` (fp32, exact in the storage dtype).
 
@@ -49,6 +50,7 @@ def solve(
         sweeps: passes of coordinate descent after the loop.
         refits: how often the scales are refitted, each followed by the sweeps again.
         steps, power: of the scale search, see `compress.quantizer.search_scale`.
+        mask_NI: where codes may differ from zero; the weight must be zero elsewhere, best fitted to the mask.
     Raises:
         ValueError: the Gram matrix is not finite, or zero.
     """
@@ -61,12 +63,12 @@ def solve(
     importance = damped.diagonal().float()
     scales = search_scales(weight_NI, groups, steps=steps, power=power, importance_I=importance)
     order = _order(groups, diagonal, activation_order)
-    codes = _round_in_order(weight_NI, damped, groups, scales, order, block)
+    codes = _round_in_order(weight_NI, damped, groups, scales, order, block, mask_NI)
     for attempt in range(refits + 1):
         if attempt:
             scales = _refit_scales(weight_NI, damped, codes, scales, groups)
         for _ in range(sweeps):
-            codes = _coordinate_descent(weight_NI, damped, codes, scales, groups, block)
+            codes = _coordinate_descent(weight_NI, damped, codes, scales, groups, block, mask_NI)
     return codes.to(torch.int8), scales
 
 
@@ -87,7 +89,13 @@ def _per_column(groups: list[Group], scales_NG: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _round_in_order(
-    weight_NI: Tensor, damped_II: Tensor, groups: list[Group], scales_NG: Tensor, order: Tensor, block: int
+    weight_NI: Tensor,
+    damped_II: Tensor,
+    groups: list[Group],
+    scales_NG: Tensor,
+    order: Tensor,
+    block: int,
+    mask_NI: Tensor | None,
 ) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped_II[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True).float()  # the one cast: the loop runs in fp32
@@ -95,6 +103,8 @@ def _round_in_order(
     column_scale, column_half = _per_column(groups, scales_NG)
     column_scale, half = column_scale[order], column_half[order.cpu()].tolist()
     inverse_scale = torch.where(column_scale == 0, 0, 1 / column_scale)
+    if mask_NI is not None:
+        inverse_scale *= mask_NI.T[order]  # zero outside the mask: what the loop put there is an error like any other
     codes_IN = torch.empty_like(rest_IN)
     for start in range(0, len(order), block):
         stop = min(start + block, len(order))
@@ -111,13 +121,21 @@ def _round_in_order(
 
 
 def _coordinate_descent(
-    weight_NI: Tensor, damped_II: Tensor, codes_NI: Tensor, scales_NG: Tensor, groups: list[Group], block: int
+    weight_NI: Tensor,
+    damped_II: Tensor,
+    codes_NI: Tensor,
+    scales_NG: Tensor,
+    groups: list[Group],
+    block: int,
+    mask_NI: Tensor | None,
 ) -> Tensor:
     """One cyclic pass: every code becomes the best one for all others as they are. The error never rises."""
     gram = damped_II.float()
     column_scale, column_half = _per_column(groups, scales_NG)
     half = column_half.tolist()
     inverse_scale = torch.where(column_scale == 0, 0, 1 / column_scale)
+    if mask_NI is not None:
+        inverse_scale *= mask_NI.T
     codes_IN = codes_NI.T.contiguous()
     error_IN = weight_NI.T - codes_IN * column_scale
     pull_IN = gram @ error_IN  # half the negative gradient

@@ -25,35 +25,7 @@ from torch import Tensor
 
 from compress.linalg import largest_per_row, leading_directions, polar
 from compress.solvers import SparseFactors, zero_factors
-
-
-def refit_codes(gram_KK: Tensor, cross_NK: Tensor, codes_NK: Tensor, mask_NK: Tensor, steps: int) -> Tensor:
-    """Minimise ||Y - D S||_F over S on a fixed support: Jacobi-preconditioned conjugate gradient, all rows at once.
-
-    Args:
-        gram_KK: D^T D.
-        cross_NK: (D^T Y)^T.
-        codes_NK: start, zero outside the mask.
-        mask_NK: the support.
-        steps: conjugate-gradient steps; one K x K x N product each.
-    """
-    inverse_diagonal = 1 / gram_KK.diagonal().clamp_min(torch.finfo(gram_KK.dtype).tiny)
-    residual = (cross_NK - codes_NK @ gram_KK) * mask_NK
-    direction = residual * inverse_diagonal
-    energy = (residual * direction).sum(dim=1, keepdim=True)
-    codes = codes_NK
-    for _ in range(steps):
-        image = (direction @ gram_KK) * mask_NK
-        curvature = (direction * image).sum(dim=1, keepdim=True)
-        # a row that has converged has no energy and no curvature left: it stays where it is
-        step = torch.where(curvature > 0, energy / curvature, 0)
-        codes = codes + step * direction
-        residual = residual - step * image
-        preconditioned = residual * inverse_diagonal
-        new_energy = (residual * preconditioned).sum(dim=1, keepdim=True)
-        direction = preconditioned + torch.where(energy > 0, new_energy / energy, 0) * direction
-        energy = new_energy
-    return codes
+from compress.solvers.pursuit import refit_codes
 
 
 def refit_dictionary(target_IN: Tensor, codes_NK: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -62,7 +34,7 @@ def refit_dictionary(target_IN: Tensor, codes_NK: Tensor, ridge: float = 1e-6) -
     The ridge, relative to the mean squared row norm of S, keeps an atom that nobody uses from dividing by zero.
     """
     normal = (codes_NK.T @ codes_NK).double()
-    normal.diagonal().add_(ridge * normal.diagonal().mean())
+    normal.diagonal().add_(ridge * normal.diagonal().mean() + torch.finfo(normal.dtype).tiny)
     right = (target_IN @ codes_NK).double()
     dictionary = torch.linalg.solve(normal, right.T).T.to(target_IN.dtype)
     norm = dictionary.norm(dim=0).clamp_min(torch.finfo(target_IN.dtype).tiny)
