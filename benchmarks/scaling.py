@@ -26,7 +26,7 @@ def measure(width: int) -> dict:
     generator = torch.Generator().manual_seed(width)
     x = torch.randn(2 * width, width, generator=generator) * torch.logspace(0, -2, width)
     weight = torch.randn(width, width, generator=generator)
-    config = cospadi.Config(ratio=0.2)
+    config = cospadi.Config(dictionary="learned", ratio=0.2)
     spec = cospadi.plan(Site(width, width), config)
     inputs = SecondMoment((x.T @ x / len(x)).double())
     start = time.perf_counter()

@@ -57,7 +57,7 @@ def main() -> None:
         weight = modules[name].weight.data
         inputs, outputs = weight.shape[1], weight.shape[0]
         target = (whitening(grams[name].mean(), 1e-6)[0] @ weight.double().T).float()
-        config = cospadi.Config(ratio=options.ratio)
+        config = cospadi.Config(dictionary="learned", ratio=options.ratio)
         spec = cospadi.plan(Site(inputs, outputs), config)
         sizes = (spec["num_atoms"], spec["num_nonzeros"])
         values = torch.linalg.svdvals(target.double()).square()

@@ -142,6 +142,40 @@ class BlockRunner:
         finally:
             handle.remove()
 
+    def run_to_logits(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """`(hidden, logits)` of every batch, with gradients from the logits back to what the last block gave, `hidden`."""
+        leaf: Tensor
+
+        def last(_: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (leaf,) if self.returns_tuple else leaf
+
+        count = len(self.blocks)
+        with self._replaced({**dict.fromkeys(range(count - 1), self._pass), count - 1: last}):
+            for (_, mask), hidden in zip(self.batches, self.hidden, strict=True):
+                leaf = hidden.to(self.device).clone().requires_grad_()
+                self.mask = mask
+                padding = {} if mask is None else {"attention_mask": mask.long().to(self.device)}
+                with torch.enable_grad():
+                    yield leaf, self.model(inputs_embeds=leaf.detach(), **padding, use_cache=False).logits
+
+    def backward(self, index: int, number: int, gradient: Tensor) -> Tensor:
+        """The gradient before block `index`, from that behind it, of batch `number` of `hidden`."""
+        block_forward = self.blocks[index].forward
+        leaf = self.hidden[number].to(self.device).clone().requires_grad_()
+        result = torch.empty(0)
+
+        def wanted(_: Tensor, *args: Any, **kwargs: Any) -> None:
+            nonlocal result
+            output = block_forward(leaf, *args, **kwargs)
+            self.returns_tuple = isinstance(output, tuple)
+            (result,) = torch.autograd.grad(output[0] if self.returns_tuple else output, leaf, gradient.to(self.device))
+            raise _Stop
+
+        replaced = {**dict.fromkeys(range(index), self._pass), index: wanted}
+        with torch.enable_grad(), self._replaced(replaced):
+            self._drive({"inputs_embeds": leaf.detach()}, self.batches[number][1])
+        return result.cpu()
+
     def grams(
         self, index: int, linears: dict[str, nn.Module], *, keep: bool, views: dict[str, View] | None = None
     ) -> dict[str, Gram | SeenGram]:

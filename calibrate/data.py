@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,11 @@ class Tokens:
         """Hash of the tokens, recorded with the result."""
         data = torch.stack([self.ids, self.mask.long()]).numpy().tobytes()
         return hashlib.sha256(data).hexdigest()
+
+    def first(self, count: int) -> Tokens:
+        """As many of the first sequences as hold at most `count` tokens, one at the least."""
+        rows = max(1, int((self.mask.sum(dim=1).cumsum(dim=0) <= count).sum()))
+        return replace(self, ids=self.ids[:rows], mask=self.mask[:rows])
 
     def batches(self, size: int) -> list[tuple[Tensor, Tensor | None]]:
         """`(ids, mask)` of `size` samples each; the mask is None where nothing is padded."""

@@ -21,11 +21,11 @@ from compress.calibrate import data
 from compress.calibrate.blocks import BlockRunner, View
 from compress.calibrate.statistics import Gram, SeenGram
 from compress.errors import CompressError
-from compress.layers import CompressedLinear, build, layer_class
+from compress.layers import CompressedLinear, Spec, build, layer_class
 from compress.linalg import SecondMoment
 from compress.lineage import Lineage
 from compress.memory import give_back_freed_memory
-from compress.model import materialise, release
+from compress.model import materialise, materialise_head, release
 from compress.plan import HEAD, Job
 from compress.prepare import Prepared
 from compress.report import ModuleReport
@@ -130,9 +130,7 @@ def _compress_head(
     model, (job,) = prepared.model, prepared.plan.by_block[HEAD]
     if done:
         return read_block(staging, HEAD)[1]
-    for name, parameter in list(model.named_parameters()):  # the final norm, and the head itself
-        if parameter.is_meta and not name.startswith(prepared.plan.blocks_name + "."):
-            materialise(model, prepared.source, name, prepared.dtype, prepared.device)
+    materialise_head(model, prepared.source, prepared.plan.blocks_name, prepared.dtype, prepared.device)
     gram = Gram(job.spec["in_features"], prepared.device)
     runner.run_head(model.get_submodule(job.name), gram.add)
     packed, reports = _compress_jobs(prepared, [job], {job.name: gram}, progress)
@@ -150,18 +148,19 @@ def _compress_jobs(
         started = time.perf_counter()
         gram = grams[job.name]
         if id(gram) not in moments:
-            moments = {id(gram): _second_moment(gram)}  # one at a time: layers that share inputs follow each other
+            moments = {id(gram): second_moment(gram)}  # one at a time: layers that share inputs follow each other
         inputs = moments[id(gram)]
         if inputs.unseen:
             progress.note(f"{job.name} saw only zeros on the calibration text: its error is that of its weight alone")
         weight = prepared.source.read(f"{job.name}.weight").to(prepared.device, torch.float32)
         try:
             method, wanted = methods.load(job.rule.method), inputs.fitted(weight)
-            tensors = method.compress(wanted, inputs, job.spec, job.rule.options)
+            weighted = inputs.for_outputs(prepared.sensitivity.get(job.name))
+            tensors = method.compress(wanted, weighted, job.spec, job.rule.options)
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise CompressError(f"{job.name}: {error}") from error
         _require_finite(job.name, tensors)
-        layer = _filled_layer(job, {f"{job.name}.{key}": value for key, value in tensors.items()}, prepared.device)
+        layer = filled_layer(job.name, job.spec, tensors, prepared.device)
         error = inputs.relative_error(weight, layer.dense_weight())
         _require_finite(job.name, {"error": torch.tensor(error)})
         report = ModuleReport.of(job.name, job.rule.method, job.spec, error, time.perf_counter() - started)
@@ -182,8 +181,9 @@ def _views(jobs: list[Job]) -> dict[str, View]:
     return views
 
 
-def _second_moment(gram: Gram | SeenGram) -> SecondMoment:
-    """Of the inputs; where all were zero any approximation is exact, and the identity asks for that of the weight alone."""
+def second_moment(gram: Gram | SeenGram) -> SecondMoment:
+    """The moments of a layer's inputs; where all were zero any approximation is exact, and the identity asks for that of the
+    weight alone."""
     mean = (gram.seen if isinstance(gram, SeenGram) else gram).mean()
     if not mean.any():
         return SecondMoment(torch.eye(len(mean), dtype=mean.dtype, device=mean.device), unseen=True)
@@ -201,9 +201,10 @@ def _require_finite(name: str, tensors: dict[str, Tensor]) -> None:
             )
 
 
-def _filled_layer(job: Job, packed: dict[str, Tensor], device: torch.device) -> CompressedLinear:
-    layer = build({**job.spec, "bias": False}).to(device)
-    layer.load_state_dict({key: packed[f"{job.name}.{key}"] for key in layer.state_dict()})
+def filled_layer(name: str, spec: Spec, tensors: dict[str, Tensor], device: torch.device) -> CompressedLinear:
+    """The layer of a spec, its bias left out, with its packed tensors, under their own names or as `name.key`."""
+    layer = build({**spec, "bias": False}).to(device)
+    layer.load_state_dict({key: tensors[key] if key in tensors else tensors[f"{name}.{key}"] for key in layer.state_dict()})
     return layer
 
 
@@ -213,7 +214,7 @@ def _installed(model: nn.Module, jobs: list[Job], packed: dict[str, Tensor], pre
     product, behind the rounding of the inputs if there is any, is the fastest way to run the same function."""
     handles = []
     for job in jobs:
-        layer, linear = _filled_layer(job, packed, prepared.device), model.get_submodule(job.name)
+        layer, linear = filled_layer(job.name, job.spec, packed, prepared.device), model.get_submodule(job.name)
         linear.weight = nn.Parameter(layer.dense_weight().to(prepared.dtype), requires_grad=False)
         if layer.rounding(job.spec):
             handles.append(linear.register_forward_pre_hook(partial(_round_inputs, layer)))

@@ -208,13 +208,17 @@ def _require_writable(output: Path | None) -> None:
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="A compressed checkpoint.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw bits and errors by block into this .png, .svg or .pdf.")] = None,
 ) -> None:
     """Format, sizes, bits per weight, bytes and error of every compressed matrix."""
     load_libraries()
     from compress.checkpoint import read_report
+    from compress.picture import draw
     from compress.report import megabytes, shown_error, sizes
 
     report = read_report(checkpoint)
+    if plot:
+        draw(report, plot)
     if as_json:
         out.print_json(json.dumps(report.to_dict()))
         return

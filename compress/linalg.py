@@ -7,6 +7,7 @@ activations has a condition number of 1e6 and more, which fp32 cannot invert. Th
 from __future__ import annotations
 
 import math
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -27,7 +28,14 @@ class SecondMoment:
         self.target_II = self.gram_II if target_II is None else target_II.double()
         self.cross_II = self.gram_II if cross_II is None else cross_II.double()
         self.unseen = unseen
+        self.importance_N: Tensor | None = None
         self._whitenings: dict[float, tuple[Tensor, Tensor]] = {}
+
+    def for_outputs(self, importance_N: Tensor | None) -> SecondMoment:
+        """The same moments for a layer whose errors in output n count `importance_N[n]` times; factorizations are shared."""
+        other = copy(self)
+        other.importance_N = importance_N
+        return other
 
     def fitted(self, weight_NI: Tensor, ridge: float = 0.01) -> Tensor:
         """The weight that makes least squares of W x out of x', W E[x x'^T] E[x' x'^T]^{-1}; W itself where x' is x.

@@ -141,6 +141,16 @@ def materialise(model: nn.Module, source: Source, prefix: str, dtype: torch.dtyp
             _set_parameter(model, name, parameter.data.to(device, dtype))
 
 
+def materialise_head(model: nn.Module, source: Source, blocks_name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Read what lies behind the blocks, the final norm and the output projection, into the skeleton."""
+    head, tied = output_head(model), is_tied(model)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta and not name.startswith(f"{blocks_name}.") and not (tied and name == f"{head}.weight"):
+            materialise(model, source, name, dtype, device)
+    if tied and head:
+        model.get_submodule(head).weight = model.get_input_embeddings().weight
+
+
 def release(model: nn.Module, prefix: str) -> None:
     """Drop the parameters under a prefix back to the meta device."""
     for name, parameter in list(model.named_parameters()):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from compress import methods
+from compress.budget import needs_budget, settled
 from compress.errors import CompressError
 from compress.layers import Spec, dense_bytes, packed_bytes
 from compress.model import Source, decoder_blocks, inputs_of, is_tied, output_head
@@ -64,6 +65,7 @@ def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
     routers = {name for name in linears if _is_router(model, name, linears[name])}
     candidates = {name: module for name, module in linears.items() if name not in routers}
     _require_matches(model, recipe, candidates)
+    recipe = _budgeted(model, source, recipe, candidates)
     jobs = []
     for name, module in candidates.items():
         rule = recipe.rule_for(name)
@@ -73,7 +75,7 @@ def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
             raise CompressError(f"{name} shares its weight with the input embedding and cannot be compressed; leave it out")
         if f"{name}.weight" not in source.tensors:
             raise CompressError(f"the checkpoint holds no {name}.weight; its names are not those of this architecture")
-        jobs.append(Job(name, _block_of(name, blocks_name), _spec(model, name, module, source, rule), rule))
+        jobs.append(Job(name, _block_of(name, blocks_name), job_spec(model, name, module, source, rule), rule))
     if not jobs:
         raise CompressError("the recipe leaves every layer as it is; give a rule with a method")
     by_block: dict[int, list[Job]] = {}
@@ -87,7 +89,28 @@ def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
     return Plan(blocks_name, len(blocks), tuple(jobs), _notes(blocks, routers, unmatched), by_block)
 
 
-def _spec(model: nn.Module, name: str, module: nn.Linear, source: Source, rule: Rule) -> Spec:
+def _budgeted(model: nn.Module, source: Source, recipe: Recipe, linears: dict[str, nn.Linear]) -> Recipe:
+    """The recipe with the sizes that its rules ask for turned into ratios; other rules' matrices count as they will be."""
+    rules = list(recipe.weights)
+    for number, rule in enumerate(rules):
+        if not needs_budget(rule.options):
+            continue
+        mine, other = 0, source.stored_bytes
+        for name, module in linears.items():
+            tensor, chosen = source.tensors.get(f"{name}.weight"), recipe.rule_for(name)
+            if tensor is None or chosen is None:
+                continue
+            other -= tensor.num_bytes
+            if chosen is recipe.weights[number]:
+                mine += 2 * module.in_features * module.out_features
+            else:
+                other += packed_bytes(job_spec(model, name, module, source, chosen))
+        rules[number] = rule.model_copy(update={"options": settled(rule.options, mine, other)})
+    return recipe.model_copy(update={"weights": tuple(rules)})
+
+
+def job_spec(model: nn.Module, name: str, module: nn.Linear, source: Source, rule: Rule) -> Spec:
+    """The storage spec that a rule's method plans for a matrix; CompressError when it cannot be met, by name."""
     inputs, heads = inputs_of(model, name, module)
     site = methods.Site(module.in_features, module.out_features, inputs, heads)
     try:

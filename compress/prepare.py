@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ class Prepared:
     plan: Plan
     device: torch.device
     dtype: torch.dtype
+    sensitivity: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of the output neurons, see compress.allocation
 
 
 def prepare(model: str | Path, recipe: Recipe, device: str = "auto") -> Prepared:

@@ -139,9 +139,13 @@ def duration(seconds: float) -> str:
 
 
 def sizes(spec: Spec) -> str:
-    """The format's own numbers: `K 288, s 152, K/s 1.89`, `rank 230`."""
+    """The format's own numbers: `K 288, s 152, K/s 1.89`, `identity, s 424 of 576, 4 bits`, `rank 230`."""
     if spec["format"] == "sparse_dictionary":
-        atoms, nonzeros = spec["num_atoms"], spec["num_nonzeros"]
-        return f"K {atoms}, s {nonzeros}, K/s {atoms / nonzeros:.2f}"
+        learned, nonzeros, bits = spec["num_atoms"], spec["num_nonzeros"], spec["value_bits"]
+        width = f", {bits} bits" if bits < 16 else ""
+        if not spec["unit_atoms"]:
+            return f"K {learned}, s {nonzeros}, K/s {learned / nonzeros:.2f}{width}"
+        kind = f"identity + {learned} atoms" if learned else "identity"
+        return f"{kind}, s {nonzeros} of {spec['in_features'] + learned}{width}"
     known = {"format", "in_features", "out_features", "bias"}
     return ", ".join(f"{key} {value}" for key, value in spec.items() if key not in known)

@@ -12,13 +12,16 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from compress import checkpoint
+from compress.allocation import FILE as ALLOCATION
+from compress.allocation import allocated
 from compress.bases import rotated, write_cache_bases, write_rotated
 from compress.blockwise import Progress, Silent, compress_blocks
 from compress.calibrate import data
@@ -30,7 +33,7 @@ from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
 from compress.report import Report
 from compress.rotation import RotatedSource
-from compress.staging import forget_finished, identity_of, locked, open_staging, staging_of
+from compress.staging import check_staging, forget_finished, identity_of, locked, open_staging, staging_of
 
 
 def run(
@@ -70,8 +73,11 @@ def run(
     lineage = Lineage(prepared.source, prepared.plan)
     with locked(staging):
         _require_new(output, recipe)  # another process may have finished it since
-        open_staging(staging, identity, prepared.plan, lineage)
-        try:
+        open_staging(staging, identity)
+        with _worth_keeping(staging):
+            prepared = allocated(prepared, tokens, staging, progress)
+        check_staging(staging, prepared.plan, lineage)
+        with _worth_keeping(staging):
             prepared = rotated(prepared, tokens, staging, lineage, progress)
             modules = compress_blocks(prepared, tokens, staging, lineage, progress)
             report = Report(
@@ -91,13 +97,21 @@ def run(
             )
             report = _assemble(prepared, report, staging, max_shard_bytes)
             os.rename(staging / "whole", output)
-        except BaseException as error:
-            # Finished blocks are hours of work on a large model: only they are worth keeping, and only to be resumed.
-            if isinstance(error, CompressError) or not any(staging.glob("block-*.safetensors")):
-                shutil.rmtree(staging, ignore_errors=True)
-            raise
         shutil.rmtree(staging, ignore_errors=True)
     return report
+
+
+@contextmanager
+def _worth_keeping(staging: Path) -> Iterator[None]:
+    """On failure, keep only what a resumed run can use: finished blocks, which are hours of work on a large model, and the
+    outcome of a search."""
+    try:
+        yield
+    except BaseException as error:
+        finished = [*staging.glob("block-*.safetensors"), *staging.glob(ALLOCATION)]
+        if isinstance(error, CompressError) or not finished:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def _assemble(prepared: Prepared, report: Report, staging: Path, max_shard_bytes: int) -> Report:
@@ -107,9 +121,12 @@ def _assemble(prepared: Prepared, report: Report, staging: Path, max_shard_bytes
         blocks += write_rotated(prepared.source, sorted(set(prepared.source.changed()) - packed), staging)
     if prepared.plan.cache:
         blocks += write_cache_bases(staging)
-    return checkpoint.assemble(
+    report = checkpoint.assemble(
         prepared.source, prepared.plan, blocks, report, prepared.recipe, staging / "whole", max_shard_bytes
     )
+    if (staging / ALLOCATION).exists():
+        shutil.copyfile(staging / ALLOCATION, staging / "whole" / ALLOCATION)
+    return report
 
 
 def compress_model(

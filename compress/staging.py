@@ -81,11 +81,11 @@ def _damaged(file: Path) -> str:
     return f"{file} is damaged; remove {file.with_suffix('.*')}, and the same command makes them again"
 
 
-def open_staging(staging: Path, identity: dict[str, str], plan: Plan, lineage: Lineage) -> None:
+def open_staging(staging: Path, identity: dict[str, str]) -> None:
     """Begin a run in a locked directory, or make sure that this one may continue what lies there.
 
     Raises:
-        CompressError: the work there is another run's, or damaged. It is left as it is.
+        CompressError: the work there is another run's. It is left as it is.
     """
     state = staging / _STATE
     if not state.is_file():  # new, or killed before it had begun
@@ -101,6 +101,14 @@ def open_staging(staging: Path, identity: dict[str, str], plan: Plan, lineage: L
             f"{staging} holds an unfinished run with another {' and '.join(changed)}; "
             "repeat that command to finish it, or remove the directory"
         )
+
+
+def check_staging(staging: Path, plan: Plan, lineage: Lineage) -> None:
+    """Make sure that the finished work in a directory is whole and was made from this model.
+
+    Raises:
+        CompressError: it is not. It is left as it is.
+    """
     for index in sorted(finished_blocks(staging, plan), key=lambda index: (index == HEAD, index)):
         _check_block(staging, index, plan, lineage)
     if (staging / BASES).exists():

@@ -48,7 +48,8 @@ def main() -> None:
         )
     model = smollm2(prefer_hub=dataset == "wikitext2")
     recipe = Recipe.load(
-        "cospadi-20", [f"calibration.dataset={dataset}", "calibration.samples=32", "calibration.length=512"]
+        "cospadi-20",  # without the search, which takes minutes
+        [f"calibration.dataset={dataset}", "calibration.samples=32", "calibration.length=512", "weights.allocation=uniform"],
     )
     shutil.rmtree(OUTPUT, ignore_errors=True)
     with BarProgress() as progress:

@@ -69,9 +69,12 @@ def save_tiny(path: Path, family: str = "llama", **changes: Any) -> Path:
 
 def tiny_recipe(**weights: Any) -> dict[str, Any]:
     """A recipe that finishes in a second."""
+    learned = {"method": "cospadi", "dictionary": "learned", "ratio": 0.2, "iterations": 3, "refits": 4}
+    if weights.get("method", "cospadi") != "cospadi":
+        learned = {"ratio": 0.2}
     return {
         "calibration": {"dataset": "python-docs", "samples": 8, "length": 64},
-        "weights": {"method": "cospadi", "ratio": 0.2, "iterations": 3, "refits": 4, **weights},
+        "weights": {**learned, **weights},
     }
 
 

@@ -16,13 +16,18 @@ from torch import Tensor
 
 from compress.layers import Spec
 from compress.linalg import SecondMoment
-from compress.methods import MethodConfig, Site, bf16
+from compress.methods import Site, bf16
+from compress.methods._budget import BudgetConfig
 
 
-class Config(MethodConfig):
-    ratio: float = Field(0.2, gt=0, lt=1, description="fraction of the bf16 bytes to remove")
+class Config(BudgetConfig):
     rank_multiple: int = Field(1, ge=1, description="the rank is rounded down to a multiple of this; GPUs like 8")
     damping: float = Field(1e-6, ge=0, description="added to the Gram matrix, relative to its mean diagonal")
+
+
+def alternatives(site: Site, config: Config) -> list[Config]:
+    """What to try for a matrix when the budget is to be spread by search."""
+    return [config.model_copy(update={"ratio": ratio}) for ratio in config.ratios()]
 
 
 def plan(site: Site, config: Config) -> Spec:

@@ -43,7 +43,7 @@ def test_better_than_low_rank_at_equal_bytes(solver: str) -> None:
     weight, gram = correlated_problem()
     errors = {}
     for method, config in [
-        (cospadi, cospadi.Config(ratio=0.3, solver=solver, iterations=6)),
+        (cospadi, cospadi.Config(dictionary="learned", ratio=0.3, solver=solver, iterations=6)),
         (svd_llm, svd_llm.Config(ratio=0.3)),
     ]:
         spec = spec_of(method, 96, 160, config)
@@ -55,7 +55,7 @@ def test_better_than_low_rank_at_equal_bytes(solver: str) -> None:
 
 def test_whitening_is_what_makes_it_activation_aware() -> None:
     weight, gram = correlated_problem()
-    config = cospadi.Config(ratio=0.4)
+    config = cospadi.Config(dictionary="learned", ratio=0.4)
     spec = spec_of(cospadi, 96, 160, config)
     errors = []
     for statistics in (gram, torch.eye(96).double()):
@@ -67,10 +67,90 @@ def test_whitening_is_what_makes_it_activation_aware() -> None:
 
 def test_layer_runs_the_weight_it_stands_for() -> None:
     weight, gram = correlated_problem()
-    config = cospadi.Config(ratio=0.2)
+    config = cospadi.Config(dictionary="learned", ratio=0.2)
     spec = spec_of(cospadi, 96, 160, config)
     layer = build(spec)
     layer.load_state_dict(cospadi.compress(weight, SecondMoment(gram), spec, config))
     layer.check(spec, dict(layer.named_buffers()))
     x = torch.randn(5, 96)
     assert torch.allclose(layer(x), x @ layer.dense_weight().T, atol=1e-4)
+
+
+ATOMS = [{"dictionary": "identity"}, {"dictionary": "identity+learned"}, {"dictionary": "learned"}]
+WIDTHS = [
+    {},
+    {"value_bits": 4, "dictionary_bits": 8},
+    {"value_bits": 3, "group_size": 32},
+    {"value_bits": 8, "group_size": 0},
+]
+
+
+@pytest.mark.parametrize("atoms", ATOMS, ids=str)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("ratio", [0.3, 0.55, 0.75])
+def test_every_form_keeps_its_budget_and_runs(atoms: dict, widths: dict, ratio: float) -> None:
+    weight, gram = correlated_problem()
+    config = cospadi.Config(ratio=ratio, iterations=2, refits=2, **atoms, **widths)
+    spec = spec_of(cospadi, 96, 160, config)
+    assert ratio <= 1 - packed_bytes(spec) / dense_bytes(spec)
+    layer = build(spec)
+    tensors = cospadi.compress(weight, SecondMoment(gram), spec, config)
+    layer.load_state_dict(tensors)
+    layer.check(spec, tensors)
+    assert ("dictionary" in tensors) == (atoms["dictionary"] != "identity")
+    x = torch.randn(5, 96)
+    assert torch.allclose(layer(x), x @ layer.dense_weight().T, atol=1e-4)
+    # a good part of the output survives; measured 0.02 to 0.6
+    assert SecondMoment(gram).relative_error(weight, layer.dense_weight()) < 0.75
+
+
+def error_of(weight: torch.Tensor, gram: torch.Tensor, **options: object) -> float:
+    config = cospadi.Config(**options)
+    spec = spec_of(cospadi, weight.shape[1], weight.shape[0], config)
+    layer = build(spec)
+    layer.load_state_dict(cospadi.compress(weight, SecondMoment(gram), spec, config))
+    return SecondMoment(gram).relative_error(weight, layer.dense_weight())
+
+
+def test_rounding_is_fitted_along_the_support() -> None:
+    """GPTQ on the support against rounding each code for itself, at equal bytes."""
+    from compress.layers.sparse_dictionary import atom_groups
+    from compress.quantizer import dequantize, round_to_nearest
+    from compress.solvers import pursuit
+
+    weight, gram = correlated_problem()
+    options = {"ratio": 0.78, "value_bits": 4, "dictionary": "identity"}
+    spec = spec_of(cospadi, 96, 160, cospadi.Config(**options))
+    assert spec["num_nonzeros"] < 96
+    damped = gram + 1e-6 * gram.diagonal().mean() * torch.eye(96)
+    codes, _ = pursuit.solve(damped, weight.double() @ damped, weight.double(), spec["num_nonzeros"])
+    groups = atom_groups(spec)
+    alone = dequantize(*round_to_nearest(codes.float(), groups), groups)
+    assert error_of(weight, gram, **options) < 0.8 * SecondMoment(gram).relative_error(weight, alone)
+
+
+def test_integers_of_all_weights_where_they_fit() -> None:
+    spec = spec_of(cospadi, 576, 1536, cospadi.Config(ratio=0.7, value_bits=4, dictionary="identity"))
+    assert spec["num_nonzeros"] == 576 and "mask" not in build(spec).state_dict()
+    spec = spec_of(cospadi, 576, 1536, cospadi.Config(ratio=0.75, value_bits=4, dictionary="identity"))
+    assert spec["num_nonzeros"] < 576 and "mask" in build(spec).state_dict()
+
+
+@pytest.mark.parametrize("written", ["2:4", 124, "16:32", 992], ids=str)
+def test_balance_as_yaml_reads_it(written: object) -> None:
+    config = cospadi.Config(ratio=0.4, balance=written, dictionary="identity")
+    assert config.balance in ("2:4", "16:32")
+    assert spec_of(cospadi, 96, 160, config)["num_nonzeros"] == 48
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 0.5, "balance": "2:4", "dictionary": "identity"}, "takes more than"),
+        ({"ratio": 0.4, "balance": "2:4", "dictionary": "learned"}, "needs dictionary: identity"),
+    ],
+    ids=["too much", "learned"],
+)
+def test_impossible_balance(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cospadi.plan(Site(96, 160), cospadi.Config(**options))

@@ -1,0 +1,90 @@
+"""How much the model's output minds an error in each output neuron of each linear: the diagonal of the Fisher information.
+
+An error e_n(t) in output n of a layer at token t moves the model's distribution by about 1/2 f_n e_n^2 in KL, with
+f_n = E[(d log p(y) / d output_n)^2], y drawn from the model's own distribution (one draw per token): the second order of the
+KL to the original, so gradients of the first order suffice.
+
+One forward pass keeps every block's inputs on disk; one backward pass goes through the blocks from the last to the first,
+each run again with gradients. So memory is one block with its activations, as everywhere, and the logits of one batch.
+
+Legend: T tokens, N output neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibrate.blocks import BlockRunner
+from compress.tensorfile import read_header, write_file
+
+
+def output_gradients(runner: BlockRunner, seed: int = 0) -> list[Tensor]:
+    """Of the log-likelihood of sampled tokens, with respect to the last block's outputs, which `runner.hidden` must hold.
+
+    What lies behind the blocks, the head included, must hold its weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    gradients = []
+
+    for hidden, logits in runner.run_to_logits():
+        flat = logits.flatten(0, -2).float()
+        with torch.no_grad():
+            sampled = torch.multinomial(flat.softmax(dim=-1).cpu(), 1, generator=generator).to(flat.device)
+        loss = torch.nn.functional.cross_entropy(flat, sampled.squeeze(1), reduction="none")
+        if runner.mask is not None:
+            loss = loss[runner.mask.flatten().to(loss.device).bool()]
+        (gradient,) = torch.autograd.grad(loss.sum(), hidden)
+        gradients.append(gradient.cpu())
+    return gradients
+
+
+def through_block(
+    runner: BlockRunner, index: int, gradients: list[Tensor], linears: dict[str, nn.Module]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """One block backwards: gradients of its inputs, and f `[N]` of its linears, fp64.
+
+    `runner.hidden` must hold the block's inputs and the block its weights.
+    """
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+
+    def watch(name: str) -> Callable:
+        def hook(module: nn.Module, grad_input: object, grad_output: tuple) -> None:
+            g = grad_output[0]
+            rows = g.flatten(0, -2) if runner.mask is None else g[runner.mask.to(g.device).bool()]
+            sums[name] = sums.get(name, 0) + rows.float().square().sum(dim=0).double()
+
+        return hook
+
+    handles = [linear.register_full_backward_hook(watch(name)) for name, linear in linears.items()]
+    before = []
+    try:
+        for number, gradient in enumerate(gradients):
+            before.append(runner.backward(index, number, gradient))
+            tokens += gradient.shape[:-1].numel() if runner.mask is None else int(runner.mask.sum())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return before, {name: total / tokens for name, total in sums.items()}
+
+
+class StoredStates:
+    """The hidden states before every block, in a directory: what one pass over a large model leaves fits no memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def put(self, index: int, states: list[Tensor]) -> None:
+        write_file(self.folder / f"{index:05d}.safetensors", {f"{i:05d}": state for i, state in enumerate(states)})
+
+    def get(self, index: int) -> list[Tensor]:
+        return list(self._read(index))
+
+    def _read(self, index: int) -> Iterator[Tensor]:
+        stored = read_header(self.folder / f"{index:05d}.safetensors")
+        return (stored[name].read() for name in sorted(stored))

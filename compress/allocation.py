@@ -1,0 +1,247 @@
+"""What is decided by trial, before the real run: the kind of dictionary, the width of the codes, the bytes of every matrix.
+
+Every matrix is compressed in the ways its rule leaves open (`kinds` and `alternatives` of its method), on statistics of the
+original model, and each is priced by what it does to the output. For rules with `allocation: search` an error counts by the
+sensitivity of the output neuron it falls on (`compress.calibrate.sensitivity`), in nats of KL per token:
+
+    1/2 sum over output neurons n of f_n (w_n - what_n) G (w_n - what_n)^T
+
+and the bytes of all matrices of the rule are spread at the least total price (`compress.knapsack`). Without search f is one:
+alternatives of one matrix are compared by its output error at equal bytes.
+
+The prices add up errors as if they did not interact; that holds for small ones. `allocation.json` in the checkpoint keeps
+the candidates of every matrix. Cost: one pass of the block loop, a backward one for a search, and the trials.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from math import inf
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import methods
+from compress.blockwise import Progress, filled_layer, second_moment, start_runner
+from compress.calibrate import data
+from compress.calibrate.blocks import BlockRunner
+from compress.calibrate.sensitivity import StoredStates, output_gradients, through_block
+from compress.errors import CompressError
+from compress.jsonfile import read_json
+from compress.knapsack import choose
+from compress.layers import dense_bytes, packed_bytes
+from compress.linalg import SecondMoment
+from compress.memory import give_back_freed_memory
+from compress.model import build_skeleton, materialise, materialise_head, release
+from compress.plan import HEAD, Job, Plan, job_spec
+from compress.prepare import Prepared
+from compress.tensorfile import read_header, write_file, write_whole
+
+FILE = "allocation.json"
+_SENSITIVITY = "sensitivity.safetensors"
+_TOKENS = 16384  # enough to rank alternatives by; the real run takes all of them
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to store a matrix: the options that differ from its rule, bytes, relative output error and price."""
+
+    options: dict[str, Any]
+    bytes: int
+    error: float
+    price: float
+
+
+def allocated(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Progress) -> Prepared:
+    """The same run with every matrix decided; the decisions are kept in `staging` and used again by a resumed run.
+
+    Raises:
+        CompressError: nothing fits a matrix, or the budget.
+    """
+    jobs = [job for job in prepared.plan.jobs if _is_open(job) or _minds(job, "weighting", "fisher")]
+    if not jobs:
+        return prepared
+    file = staging / FILE
+    if not file.exists():
+        found, sensitivity = _trials(prepared, jobs, tokens, staging, progress)
+        write_file(staging / _SENSITIVITY, sensitivity)
+        chosen = _choices(jobs, found, progress)
+        record = {job.name: {"chosen": chosen[job.name], "candidates": [asdict(c) for c in found[job.name]]} for job in jobs}
+        write_whole(file, [json.dumps(record, indent=1).encode()])
+    record = read_json(file)
+    try:
+        settled = {name: entry["candidates"][entry["chosen"]]["options"] for name, entry in record.items()}
+        plan = _settled(prepared, {job.name: settled[job.name] for job in jobs})
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise CompressError(f"{file} is damaged; remove {staging} to start again") from error
+    sensitivity = {name: tensor.read() for name, tensor in read_header(staging / _SENSITIVITY).items()}
+    return replace(prepared, plan=plan, sensitivity=sensitivity)
+
+
+def _minds(job: Job, option: str, value: str) -> bool:
+    """Whether a job's rule has an option of this value; the head is not part of any search."""
+    return job.block != HEAD and getattr(job.rule.options, option, None) == value
+
+
+def _is_open(job: Job) -> bool:
+    method, options, inputs = methods.load(job.rule.method), job.rule.options, job.spec["in_features"]
+    site = methods.Site(inputs, job.spec["out_features"])
+    return job.block != HEAD and len(_kinds(method, options)) * len(_alternatives(method, site, options)) > 1
+
+
+def _kinds(method: ModuleType, options: methods.MethodConfig) -> list[methods.MethodConfig]:
+    return method.kinds(options) if hasattr(method, "kinds") else [options]
+
+
+def _alternatives(method: ModuleType, site: methods.Site, options: methods.MethodConfig) -> list[methods.MethodConfig]:
+    return method.alternatives(site, options) if hasattr(method, "alternatives") else [options]
+
+
+def _settled(prepared: Prepared, options: dict[str, dict[str, Any]]) -> Plan:
+    """The plan with the chosen options in place of the open ones."""
+    jobs = []
+    for job in prepared.plan.jobs:
+        if job.name in options:
+            rule = job.rule.model_copy(update={"options": job.rule.options.model_copy(update=options[job.name])})
+            module = prepared.model.get_submodule(job.name)
+            job = replace(job, rule=rule, spec=job_spec(prepared.model, job.name, module, prepared.source, rule))
+        jobs.append(job)
+    by_block = {index: [job for job in jobs if job.block == index] for index in prepared.plan.by_block}
+    return replace(prepared.plan, jobs=tuple(jobs), by_block=by_block)
+
+
+def _trials(
+    prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging: Path, progress: Progress
+) -> tuple[dict[str, list[Candidate]], dict[str, Tensor]]:
+    """Candidates of every matrix, and the sensitivities of its outputs if any rule asks for them."""
+    model = build_skeleton(prepared.source.path)  # of its own: it is left with weights in it
+    prepared = replace(prepared, model=model)
+    few = tokens.first(_TOKENS)
+    found: dict[str, list[Candidate]] = {}
+    sensitivity: dict[str, Tensor] = {}
+    searched = any(_minds(job, "allocation", "search") for job in jobs)
+    backwards = searched or any(_minds(job, "weighting", "fisher") for job in jobs)
+    progress.note(f"{'searching for' if searched else 'trying'} the best form of {len(jobs)} matrices on {few.count} tokens")
+    by_block: dict[int, list[Job]] = {}
+    for job in jobs:
+        by_block.setdefault(job.block, []).append(job)
+    runner = start_runner(prepared, few)
+    passes = _backwards(prepared, runner, staging / "states") if backwards else _forwards(prepared, runner)
+    for index, gradients in passes:
+        here = by_block.get(index, [])
+        linears = {job.name: model.get_submodule(job.name) for job in here}
+        if here:
+            grams = runner.grams(index, linears, keep=False)
+        if gradients is not None:
+            gradients[:], of_block = through_block(runner, index, gradients, linears)
+            sensitivity.update(of_block)
+        moments: dict[int, SecondMoment] = {}
+        for job in here:
+            moments.setdefault(id(grams[job.name]), second_moment(grams[job.name]))
+            inputs = moments[id(grams[job.name])].for_outputs(sensitivity.get(job.name))
+            found[job.name] = _tried(prepared, job, inputs)
+        if len(found) * 5 // len(jobs) > (len(found) - len(here)) * 5 // len(jobs):
+            progress.note(f"tried {len(found)} of {len(jobs)} matrices")
+        give_back_freed_memory()
+    return found, sensitivity
+
+
+def _forwards(prepared: Prepared, runner: BlockRunner) -> Iterator[tuple[int, None]]:
+    """Each block in turn, with its weights and its inputs in `runner.hidden`."""
+    for index in range(prepared.plan.num_blocks):
+        prefix = f"{prepared.plan.blocks_name}.{index}."
+        materialise(prepared.model, prepared.source, prefix, prepared.dtype, prepared.device)
+        yield index, None
+        runner.run(index, keep=True)
+        release(prepared.model, prefix)
+
+
+def _backwards(prepared: Prepared, runner: BlockRunner, folder: Path) -> Iterator[tuple[int, list[Tensor]]]:
+    """Each block from the last to the first, with its weights, its inputs in `runner.hidden` and the gradients behind it;
+    who takes them puts those before the block in their place."""
+    states, model, plan = StoredStates(folder), prepared.model, prepared.plan
+    for index, _ in _forwards(prepared, runner):
+        states.put(index, runner.hidden)
+    materialise_head(model, prepared.source, plan.blocks_name, prepared.dtype, prepared.device)
+    gradients = output_gradients(runner)
+    for index in reversed(range(plan.num_blocks)):
+        prefix = f"{plan.blocks_name}.{index}."
+        materialise(model, prepared.source, prefix, prepared.dtype, prepared.device)
+        runner.hidden = states.get(index)
+        yield index, gradients
+        release(model, prefix)
+    shutil.rmtree(folder)
+
+
+def _tried(prepared: Prepared, job: Job, inputs: SecondMoment) -> list[Candidate]:
+    """What the alternatives of a matrix cost: all sizes of the form that is best at the size it would have by itself."""
+    method, whole = methods.load(job.rule.method), job.rule.options
+    site = methods.Site(job.spec["in_features"], job.spec["out_features"])
+    weight = prepared.source.read(f"{job.name}.weight").to(prepared.device, torch.float32)
+    found: dict[str, Candidate] = {}
+
+    def trial(options: methods.MethodConfig) -> Candidate | None:
+        """The price of one alternative; None when it does not fit the matrix."""
+        rule = job.rule.model_copy(update={"options": options})
+        try:
+            spec = job_spec(prepared.model, job.name, prepared.model.get_submodule(job.name), prepared.source, rule)
+        except CompressError:
+            return None
+        key = json.dumps(spec, sort_keys=True)
+        if key not in found:
+            try:
+                quick = method.quick(options) if hasattr(method, "quick") else options
+                tensors = method.compress(weight, inputs, spec, quick)
+            except (ValueError, torch.linalg.LinAlgError) as error:
+                raise CompressError(f"{job.name}: {error}") from error
+            layer = filled_layer(job.name, spec, tensors, prepared.device).dense_weight()
+            miss = weight.double() - layer.double()
+            by_output = ((miss @ inputs.gram_II) * miss).sum(dim=1)
+            f_N = inputs.importance_N
+            price = float(by_output.sum() if f_N is None else by_output @ f_N.to(by_output.device) / 2)
+            before = whole.model_dump()
+            changed = {name: value for name, value in options.model_dump().items() if value != before[name]}
+            found[key] = Candidate(changed, packed_bytes(spec), inputs.relative_error(weight, layer), price)
+        return found[key]
+
+    forms = _kinds(method, whole)
+    if len(forms) > 1:
+        prices = [tried.price if (tried := trial(form)) else inf for form in forms]
+        forms = [forms[prices.index(min(prices))]]
+    sizes = _alternatives(method, site, forms[0])
+    if len(sizes) > 1:
+        found.clear()  # the other forms lost
+    for options in sizes:
+        trial(options)
+    if not found:
+        raise CompressError(f"{job.name}: nothing fits its budget; lower the ratio, or leave it out with `method: none`")
+    return list(found.values())
+
+
+def _choices(jobs: list[Job], found: dict[str, list[Candidate]], progress: Progress) -> dict[str, int]:
+    """The index of every matrix's candidate: the best of each, or the best of all under the rule's total."""
+    chosen: dict[str, int] = {}
+    for rule in dict.fromkeys(job.rule for job in jobs):
+        mine = [job for job in jobs if job.rule is rule or job.rule == rule]
+        if rule.options.allocation == "uniform":
+            for job in mine:
+                prices = [candidate.price for candidate in found[job.name]]
+                chosen[job.name] = prices.index(min(prices))
+            continue
+        limit = int((1 - rule.options.ratio) * sum(dense_bytes(job.spec) for job in mine))
+        sizes = [[candidate.bytes for candidate in found[job.name]] for job in mine]
+        prices = [[candidate.price for candidate in found[job.name]] for job in mine]
+        try:
+            picks = choose(sizes, prices, limit)
+        except ValueError as error:
+            raise CompressError(f"the search finds no room: {error} bytes; lower the ratio") from error
+        total = sum(row[pick] for row, pick in zip(prices, picks, strict=True))
+        progress.note(f"search: predicted KL {total:.3f} nats per token at {limit / 1e6:.1f} MB")
+        chosen.update({job.name: pick for job, pick in zip(mine, picks, strict=True)})
+    return chosen

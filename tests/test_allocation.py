@@ -1,0 +1,220 @@
+"""Which form and how many bytes each matrix gets: prices that mean what they say, an exact knapsack, a kept budget."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import compress
+from compress.blockwise import Silent, start_runner
+from compress.calibrate.sensitivity import StoredStates, output_gradients, through_block
+from compress.errors import CompressError
+from compress.knapsack import choose
+from compress.layers import compressed_matrices, dense_bytes, packed_bytes
+from compress.model import materialise, materialise_head
+from compress.prepare import prepare
+from compress.recipe import Recipe
+from compress.run import _tokens, run
+from helpers import save_tiny, tiny_recipe
+
+
+def test_knapsack_is_exact() -> None:
+    draw = random.Random(1)
+    for _ in range(200):
+        sizes = [[4 * draw.randint(1, 30) for _ in range(draw.randint(1, 4))] for _ in range(draw.randint(1, 5))]
+        costs = [[draw.random() for _ in row] for row in sizes]
+        limit = draw.randint(sum(map(min, sizes)), sum(map(max, sizes)) + 5)
+        picks = choose(sizes, costs, limit)
+        assert sum(row[pick] for row, pick in zip(sizes, picks, strict=True)) <= limit
+        fitting = (
+            sum(row[pick] for row, pick in zip(costs, all_picks, strict=True))
+            for all_picks in itertools.product(*(range(len(row)) for row in sizes))
+            if sum(row[pick] for row, pick in zip(sizes, all_picks, strict=True)) <= limit
+        )
+        assert sum(row[pick] for row, pick in zip(costs, picks, strict=True)) == pytest.approx(min(fitting))
+
+
+def test_knapsack_in_coarser_units_keeps_to_the_limit() -> None:
+    sizes, costs = [[3, 10**9 + 7], [5, 10**9 + 9]], [[1.0, 0.0], [2.0, 0.0]]
+    assert choose(sizes, costs, 10**9 + 20) == [0, 1]
+    assert choose(sizes, costs, 2 * 10**9 + 10**5) == [1, 1]
+
+
+def test_knapsack_without_room() -> None:
+    with pytest.raises(ValueError, match="smallest choice"):
+        choose([[5, 6], [7]], [[1.0, 0.0], [1.0]], 11)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_sensitivity_equals_the_gradient_of_the_whole_model(family: str, tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "tiny", family)
+    prepared = prepare(path, Recipe.from_dict(tiny_recipe()), "cpu")
+    tokens = _tokens(prepared, None)
+    runner = start_runner(prepared, tokens)
+    name, states, found = prepared.plan.blocks_name, StoredStates(tmp_path / "states"), {}
+    for index in range(prepared.plan.num_blocks):
+        materialise(prepared.model, prepared.source, f"{name}.{index}.", torch.float32, prepared.device)
+        states.put(index, runner.hidden)
+        runner.run(index, keep=True)
+    materialise_head(prepared.model, prepared.source, name, torch.float32, prepared.device)
+    gradients = output_gradients(runner, seed=3)
+    for index in reversed(range(prepared.plan.num_blocks)):
+        runner.hidden = states.get(index)
+        linears = {job.name: prepared.model.get_submodule(job.name) for job in prepared.plan.by_block[index]}
+        gradients, of_block = through_block(runner, index, gradients, linears)
+        found.update(of_block)
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    outputs: dict[str, torch.Tensor] = {}
+    for module_name in found:
+        model.get_submodule(module_name).register_forward_hook(
+            lambda module, args, output, name=module_name: outputs.update({name: output})
+        )
+    generator, expected, count = torch.Generator().manual_seed(3), dict.fromkeys(found, 0.0), 0
+    for ids, _ in runner.batches:
+        logits = model(ids).logits.flatten(0, 1)
+        sampled = torch.multinomial(logits.softmax(dim=-1).detach(), 1, generator=generator).squeeze(1)
+        loss = torch.nn.functional.cross_entropy(logits, sampled, reduction="sum")
+        for key, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+            expected[key] = expected[key] + gradient.flatten(0, 1).double().square().sum(dim=0)
+        count += ids.numel()
+    for key, value in found.items():
+        assert torch.allclose(value, expected[key] / count, rtol=1e-3, atol=1e-9)
+
+
+def total_bytes(path: Path) -> tuple[int, int]:
+    specs = compressed_matrices(AutoModelForCausalLM.from_pretrained(path)).values()
+    return sum(map(packed_bytes, specs)), sum(map(dense_bytes, specs))
+
+
+SEARCHES = {
+    "bf16": {"ratio": 0.3, "dictionary": "identity"},
+    "widths": {"ratio": 0.75, "value_bits": "auto", "dictionary": "identity", "group_size": 32},
+    "low rank": {"method": "svd_llm", "ratio": 0.3},
+}
+
+
+@pytest.mark.parametrize("options", SEARCHES.values(), ids=SEARCHES)
+def test_a_search_keeps_its_total_and_spreads_it(options: dict, tiny: Path, tmp_path: Path) -> None:
+    weights = {"method": "cospadi", "allocation": "search", **options}
+    recipe = Recipe.from_dict({**tiny_recipe(), "weights": weights})
+    run(tiny, recipe, tmp_path / "out")
+    packed, dense = total_bytes(tmp_path / "out")
+    assert options["ratio"] <= 1 - packed / dense < options["ratio"] + 0.06
+    record = json.loads((tmp_path / "out" / "allocation.json").read_text())
+    chosen = {name: entry["candidates"][entry["chosen"]] for name, entry in record.items()}
+    assert len({(c["bytes"], name.rpartition(".")[2]) for name, c in chosen.items()}) > 7  # not the same for all blocks
+    price = sum(c["price"] for c in chosen.values())
+    by_ratio = {}  # what the same choice for every matrix would cost, where it fits
+    for entry in record.values():
+        for candidate in entry["candidates"]:
+            key = json.dumps(candidate["options"], sort_keys=True)
+            bytes_, cost, seen = by_ratio.get(key, (0, 0.0, 0))
+            by_ratio[key] = (bytes_ + candidate["bytes"], cost + candidate["price"], seen + 1)
+    same = [cost for bytes_, cost, seen in by_ratio.values() if seen == len(record) and bytes_ <= packed]
+    assert all(price <= cost for cost in same)
+
+
+def test_auto_takes_the_better_dictionary(tiny: Path, tmp_path: Path) -> None:
+    run(tiny, Recipe.from_dict(tiny_recipe(dictionary="auto", ratio=0.3)), tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "allocation.json").read_text())
+    specs = compressed_matrices(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    for name, entry in record.items():
+        assert len(entry["candidates"]) > 1
+        best = min(entry["candidates"], key=lambda candidate: candidate["price"])
+        assert entry["candidates"][entry["chosen"]] == best
+        assert specs[name]["unit_atoms"] == best["options"]["dictionary"].startswith("identity")
+
+
+def test_a_killed_search_resumes_with_the_same_bytes(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.from_dict(tiny_recipe(dictionary="identity", allocation="search", ratio=0.3))
+    run(tiny, recipe, tmp_path / "whole")
+    done = []
+
+    class Killed(Silent):
+        def matrix(self, module: object) -> None:
+            done.append(module)
+            if len(done) == 10:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, recipe, tmp_path / "resumed", progress=Killed())
+    assert (tmp_path / ".resumed.partial" / "allocation.json").exists()
+    monkeypatch.setattr("compress.allocation._trials", lambda *_: pytest.fail("searched again"))
+    run(tiny, recipe, tmp_path / "resumed")
+    for file in ("model.safetensors", "allocation.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "resumed" / file).read_bytes()
+
+
+def test_target_size_and_bits(tiny: Path, tmp_path: Path) -> None:
+    prepared = prepare(tiny, Recipe.from_dict(tiny_recipe()), "cpu")
+    dense = prepared.plan.dense_bytes  # half of what the fp32 checkpoint holds for them
+    target_size = prepared.source.stored_bytes - 2 * dense + int(0.8 * dense)
+    for number, target in enumerate(({"target_size": target_size}, {"target_bits": 6.0, "value_bits": 4})):
+        out = tmp_path / f"out{number}"
+        report = run(tiny, Recipe.from_dict(tiny_recipe(dictionary="identity", **target)), out)
+        if "target_size" in target:
+            assert 0.9 * target["target_size"] < report.checkpoint_bytes <= target["target_size"]
+        else:
+            assert 16 * total_bytes(out)[0] / total_bytes(out)[1] <= 6.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_size": "1kB"}, "cannot be met: .*choose a size between"),
+        ({"target_size": "1TB"}, "cannot be met: .*choose a size between"),
+        ({"target_size": "much"}, "target_size"),
+        ({"target_size": "1MB", "target_bits": 3}, "exclude each other"),
+    ],
+    ids=["small", "large", "no size", "both"],
+)
+def test_impossible_targets(options: dict, message: str, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match=message):
+        compress.compress_model(tiny, tiny_recipe(**options), tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_weighting_lowers_what_the_output_minds(tiny: Path, tmp_path: Path) -> None:
+    """Errors weighted by sensitivity against plain ones, on the matrices themselves."""
+    prices = {}
+    for weighting in ("none", "fisher"):
+        out = tmp_path / weighting
+        options = {"weighting": weighting, "ratio": 0.5, "iterations": 6, "refits": 12}
+        run(tiny, Recipe.from_dict(tiny_recipe(**options)), out)
+        specs = compressed_matrices(AutoModelForCausalLM.from_pretrained(out))
+        assert len(specs) == 21 and (out / "allocation.json").exists() == (weighting == "fisher")
+        prices[weighting] = out
+    first = (prices["none"] / "model.safetensors").read_bytes()
+    assert first != (prices["fisher"] / "model.safetensors").read_bytes()
+
+
+def test_weighted_atoms_serve_the_neurons_that_count() -> None:
+    from compress.layers import build
+    from compress.linalg import SecondMoment
+    from compress.methods import Site, cospadi
+
+    weight, x = torch.randn(80, 48), torch.randn(1000, 48) * torch.logspace(0, -1, 48)
+    gram = (x.T @ x / len(x)).double()
+    importance = torch.cat([torch.full((40,), 100.0), torch.ones(40)]).double()
+    for kind in ("learned", "identity+learned"):
+        errors = {}
+        for weighting in ("none", "fisher"):
+            config = cospadi.Config(dictionary=kind, ratio=0.5, weighting=weighting)
+            spec = {**cospadi.plan(Site(48, 80), config), "in_features": 48, "out_features": 80, "bias": False}
+            layer = build(spec)
+            layer.load_state_dict(cospadi.compress(weight, SecondMoment(gram).for_outputs(importance), spec, config))
+            miss = (weight - layer.dense_weight()).double()
+            errors[weighting] = float(((miss @ gram) * miss).sum(dim=1) @ importance)
+        assert errors["fisher"] < 0.97 * errors["none"]
