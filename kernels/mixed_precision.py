@@ -28,6 +28,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from compress.kernels import cpu
 from compress.kernels.pack import unpack
 
 _EXACT = 1 << 24  # integers up to here are exact in fp32
@@ -117,8 +118,7 @@ def _integer_part(
     return y
 
 
-@torch.library.custom_op("compress::mixed_precision", mutates_args=())
-def mixed_precision(
+def mixed_precision_reference(
     x: Tensor,
     low: Tensor,
     low_scale: Tensor,
@@ -152,6 +152,62 @@ def mixed_precision(
             activation_groups, 0.0,
         )  # fmt: skip
     return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+mixed_precision = torch.library.custom_op("compress::mixed_precision", mixed_precision_reference, mutates_args=())
+
+
+@mixed_precision.register_kernel("cpu")
+def mixed_precision_cpu(
+    x: Tensor, low: Tensor, low_scale: Tensor, low_sums: Tensor | None, high: Tensor | None, high_scale: Tensor | None,
+    high_sums: Tensor | None, bits: int, high_bits: int, high_features: int, group_size: int, activation_bits: int,
+    activation_groups: int, clip: float,
+) -> Tensor:  # fmt: skip
+    """Few tokens: codes against codes, without a weight. Many: the weight multiplied out once, in fp32."""
+    low_width = x.shape[-1] - high_features
+    parts = [(low, low_scale, bits, activation_bits, 0, low_width, clip if activation_bits < 8 else 0.0)]
+    if high is not None:
+        parts.append((high, high_scale, high_bits, max(high_bits, activation_bits), low_width, high_features, 0.0))
+    rounds = activation_bits < 16
+    ways = [_segment(width, group_size, activation_groups if rounds else 1) for *_, width, _ in parts]
+    if not cpu.usable(x) or not all(ways) or low_scale.dtype != torch.bfloat16:
+        return mixed_precision_reference(
+            x, low, low_scale, low_sums, high, high_scale, high_sums, bits, high_bits, high_features, group_size,
+            activation_bits, activation_groups, clip,
+        )  # fmt: skip
+    x_TI, y = x.reshape(-1, x.shape[-1]).float(), None
+    if len(x_TI) > cpu.MOST_TOKENS:
+        weight = torch.empty(len(low), x.shape[-1])
+        for packed, scale, width_bits, _, start, width, _ in parts:
+            cpu.expanded(packed, scale, width_bits, group_size, weight[:, start : start + width])
+        if rounds:
+            seen = [
+                round_activation(x_TI[:, start : start + width], seen_bits, activation_groups, cut)
+                for _, _, _, seen_bits, start, width, cut in parts
+            ]
+            x_TI = torch.cat(seen, dim=1)
+        return (x_TI @ weight.T).to(x.dtype).view(*x.shape[:-1], -1)
+    for (packed, scale, width_bits, seen_bits, start, width, cut), segment in zip(parts, ways, strict=True):
+        part, input_scale = x_TI[:, start : start + width], None
+        if rounds:
+            codes, input_scale, zero = rounded_activation(part, seen_bits, activation_groups, cut)
+            part = (codes.unflatten(-1, (activation_groups, -1)) - zero[..., None]).flatten(-2)
+            input_scale = (
+                input_scale.repeat_interleave(width // activation_groups // segment, dim=1)
+                if (activation_groups > 1)
+                else input_scale.expand(-1, -(-width // segment))
+            )
+        inputs = cpu.arranged(part, segment, width_bits, input_scale)
+        y = cpu.integer_product(inputs, segment, packed, scale, width_bits, group_size, add_to=y)
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _segment(width: int, group_size: int, slices: int) -> int:
+    """Columns that share all scales, as the CPU kernel walks them; 0 where it cannot."""
+    step, of_slice = group_size or width, width // slices
+    segment = step if slices == 1 else of_slice
+    fits = slices == 1 or step % of_slice == 0
+    return segment if fits and (segment == width or segment % 8 == 0) else 0
 
 
 @mixed_precision.register_fake

@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.kernels import cpu
 from compress.kernels.pack import unpack
 
 _BITS = tuple(1 << bit for bit in range(8))
@@ -67,8 +68,7 @@ def stored_dictionary(dictionary: Tensor, scale: Tensor | None, learned: int, bi
     return (unpack(dictionary, bits, learned).float() - (1 << (bits - 1))) * scale.float()
 
 
-@torch.library.custom_op("compress::sparse_dictionary", mutates_args=())
-def sparse_dictionary(
+def sparse_dictionary_reference(
     x: Tensor,
     values: Tensor,
     mask: Tensor | None,
@@ -90,6 +90,52 @@ def sparse_dictionary(
     atoms = stored_dictionary(dictionary, dictionary_scale, learned_atoms, dictionary_bits).to(x.dtype)
     y = (x @ atoms) @ codes[:, units:].T
     return y + x @ codes[:, :units].T if unit_atoms else y
+
+
+sparse_dictionary = torch.library.custom_op("compress::sparse_dictionary", sparse_dictionary_reference, mutates_args=())
+
+
+@sparse_dictionary.register_kernel("cpu")
+def sparse_dictionary_cpu(
+    x: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    dictionary: Tensor | None,
+    dictionary_scale: Tensor | None,
+    unit_atoms: bool,
+    learned_atoms: int,
+    nonzeros: int,
+    value_bits: int,
+    group_size: int,
+    dictionary_bits: int,
+) -> Tensor:
+    """Few tokens: each row's nonzeros meet the inputs where the mask says. Many: codes expanded once, products in fp32."""
+    x_MI = x.reshape(-1, x.shape[-1]).float()
+    units = x.shape[-1] if unit_atoms else 0
+    stored = torch.uint8 if value_bits < 16 else torch.bfloat16
+    runs_here = len(x_MI) <= cpu.MOST_TOKENS and values.dtype == stored and cpu.usable(x)
+    if value_bits < 16:
+        runs_here &= group_size % 8 == 0 and (learned_atoms == 0 or units % 8 == 0) and scale.dtype == torch.bfloat16
+        runs_here &= mask is not None or units == 0 or learned_atoms == 0
+    if not runs_here:
+        return sparse_dictionary_reference(
+            x if x.dtype == torch.float64 else x_MI.view(x.shape), values, mask, scale, dictionary, dictionary_scale,
+            unit_atoms, learned_atoms, nonzeros, value_bits, group_size, dictionary_bits,
+        ).to(x.dtype)  # fmt: skip
+    inputs = [x_MI] if unit_atoms else []
+    if dictionary is not None:
+        inputs.append(x_MI @ stored_dictionary(dictionary, dictionary_scale, learned_atoms, dictionary_bits).float())
+    u_MA = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
+    if value_bits == 16:
+        y = u_MA @ values.float().T if mask is None else cpu.sparse_product(u_MA, values, mask)
+    elif mask is None:
+        segment = group_size or u_MA.shape[1]
+        arranged = cpu.arranged(u_MA, segment, value_bits)
+        y = cpu.integer_product(arranged, segment, values, scale, value_bits, group_size)
+    else:
+        y = cpu.sparse_integer_product(u_MA, values, scale, mask, units, value_bits, group_size)
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 @sparse_dictionary.register_fake

@@ -17,8 +17,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from compress.kernels.cpu import direct
 from compress.kernels.hadamard import hadamard
-from compress.kernels.mixed_precision import dequantize_part, mixed_precision, round_activation, row_sums
+from compress.kernels.mixed_precision import (
+    dequantize_part,
+    mixed_precision,
+    mixed_precision_cpu,
+    round_activation,
+    row_sums,
+)
 from compress.kernels.pack import holds_more, pack_signed, packed_width
 from compress.layers import CompressedLinear, Spec, TensorSpec
 from compress.quantizer import SCALE_DTYPE, Group, groups_of
@@ -69,7 +76,8 @@ class Layer(CompressedLinear):
         if spec["activation_bits"] < 16 and (self._sums is None or self._sums[0].device != x.device):
             self._sums = self._row_sums()
         low_sums, high_sums = self._sums or (None, None)
-        y = mixed_precision(
+        run = mixed_precision_cpu if direct(x) else mixed_precision
+        y = run(
             to_storage(spec, x),
             self.low,
             self.low_scale,

@@ -11,8 +11,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from compress.kernels.cpu import direct
 from compress.kernels.pack import holds_more, pack_signed, packed_width
-from compress.kernels.sparse_dictionary import pack_mask, sparse_dictionary, stored_codes, stored_dictionary, unpack_mask
+from compress.kernels.sparse_dictionary import (
+    pack_mask,
+    sparse_dictionary,
+    sparse_dictionary_cpu,
+    stored_codes,
+    stored_dictionary,
+    unpack_mask,
+)
 from compress.layers import CompressedLinear, Spec, TensorSpec
 from compress.quantizer import SCALE_DTYPE, Group, groups_of
 
@@ -77,7 +85,8 @@ class Layer(CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         spec = self.spec
-        y = sparse_dictionary(
+        run = sparse_dictionary_cpu if direct(x) else sparse_dictionary
+        y = run(
             x,
             self.values,
             getattr(self, "mask", None),

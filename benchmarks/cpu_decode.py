@@ -1,0 +1,139 @@
+"""Decoding on a CPU: tokens per second of compressed models against the dense one, in one process.
+
+    python -P benchmarks/cpu_decode.py                          # SmolLM2-135M's shape and one of 1B
+    python -P benchmarks/cpu_decode.py --shapes 1b --threads 2 --recipes gptq-w4 cospadi-40
+
+The models hold random numbers: speed does not depend on them, and nothing has to be fetched or compressed. Every layer has
+the format that its recipe plans; embedding, norms and head are the dense model's. The dense model runs in fp32 and in bf16,
+and the faster one is what ratios refer to. One JSON line per model: tokens per second of decoding after a prompt, medians
+over rounds that are interleaved between the models, and the time of a prompt of 256 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from statistics import median
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from compress.layers import build, check_spec
+from compress.methods import Site, load
+from compress.model import inputs_of
+from compress.recipe import Recipe
+
+SHAPES = {
+    "135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152,
+    },
+    "1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+}  # fmt: skip
+
+
+def dense_model(shape: str, dtype: torch.dtype) -> nn.Module:
+    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=4096)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02)
+    for module in model.modules():  # what to_empty left unset: rotary tables
+        if hasattr(module, "rope_init_fn") or hasattr(module, "inv_freq"):
+            module.__init__(config)
+    model.tie_weights()
+    return model.eval()
+
+
+def compressed_model(shape: str, recipe: str, dtype: torch.dtype, overrides: list[str]) -> nn.Module:
+    """The dense model with the layers that a recipe plans, packed random numbers inside."""
+    model = dense_model(shape, dtype)
+    rules = Recipe.load(recipe, overrides)
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    for name, linear in linears:
+        rule = rules.rule_for(name)
+        site = Site(linear.in_features, linear.out_features, *inputs_of(model, name, linear))
+        sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": False}
+        spec = {**load(rule.method).plan(site, rule.options), **sizes}
+        check_spec(spec)
+        layer = build(spec)
+        for key, tensor in layer.state_dict().items():
+            tensor.copy_(_random(key, tensor, spec))
+        model.set_submodule(name, layer.eval())
+    return model
+
+
+def _random(key: str, tensor: torch.Tensor, spec: dict) -> torch.Tensor:
+    if tensor.is_floating_point():
+        return torch.randn(tensor.shape) * 0.02
+    if key != "mask":
+        return torch.randint(0, 256, tensor.shape)
+    from compress.kernels.sparse_dictionary import pack_mask
+    from compress.layers.sparse_dictionary import all_atoms
+    from compress.linalg import largest_per_row
+
+    return pack_mask(largest_per_row(torch.rand(len(tensor), all_atoms(spec)), spec["num_nonzeros"]))
+
+
+@torch.inference_mode()
+def decode_seconds(model: nn.Module, tokens: int, prompt: torch.Tensor) -> float:
+    """Per token, after the prompt."""
+    cache = DynamicCache(config=model.config)
+    model(prompt, past_key_values=cache)
+    token = prompt[:, -1:]
+    started = time.perf_counter()
+    for _ in range(tokens):
+        token = model(token, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
+    return (time.perf_counter() - started) / tokens
+
+
+@torch.inference_mode()
+def prompt_seconds(model: nn.Module, prompt: torch.Tensor) -> float:
+    started = time.perf_counter()
+    model(prompt, use_cache=False, logits_to_keep=1)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--recipes", nargs="+", default=["gptq-w4", "resq-w4", "cospadi-20", "cospadi-40"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tokens", type=int, default=8, help="decoded in every round")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for shape in options.shapes:
+        models = {"dense fp32": dense_model(shape, torch.float32), "dense bf16": dense_model(shape, torch.bfloat16)}
+        for recipe in options.recipes:
+            models[recipe] = compressed_model(shape, recipe, torch.bfloat16, [])
+        prompt = torch.randint(0, 1000, (1, 256))
+        decoding: dict[str, list[float]] = {name: [] for name in models}
+        reading: dict[str, list[float]] = {name: [] for name in models}
+        for _ in range(options.rounds):
+            for name, model in models.items():
+                decoding[name].append(decode_seconds(model, options.tokens, prompt[:, :32]))
+                reading[name].append(prompt_seconds(model, prompt))
+        best = min(median(decoding[name]) for name in ("dense fp32", "dense bf16"))
+        first = min(median(reading[name]) for name in ("dense fp32", "dense bf16"))
+        for name in models:
+            line = {
+                "shape": shape,
+                "model": name,
+                "threads": options.threads,
+                "tokens_per_second": round(1 / median(decoding[name]), 2),
+                "decode_ratio": round(best / median(decoding[name]), 2),
+                "prompt_256_seconds": round(median(reading[name]), 2),
+                "prompt_ratio": round(first / median(reading[name]), 2),
+            }
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The C++ kernels for CPUs: compiled at first use, kept in the user's cache, and called through ctypes.
+
+A plain C interface instead of a torch extension: it compiles in two seconds where torch's headers take a minute, and needs
+nothing but a compiler. The file name holds a hash of source, compiler flags and processor, so a changed one of them is
+another file. Without a compiler every op runs its reference, and says so once.
+
+Legend: M tokens, N output neurons, K columns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MOST_TOKENS = 16  # above, weights are multiplied out: they are read once for all tokens, and MKL is faster
+_SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, with one warning, where they cannot be compiled."""
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    reason = "no C++ compiler was found"
+    if compiler and platform.system() == "Linux":
+        key = hashlib.sha256(_SOURCE.read_bytes() + " ".join((compiler, *_FLAGS, _processor())).encode()).hexdigest()[:16]
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspace-compress" / "kernels"
+        file = folder / f"{key}.so"
+        try:
+            if not file.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                    made = Path(scratch) / file.name
+                    # torch's own OpenMP runtime is in the process already: two of them would fight for the cores
+                    command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+                    subprocess.run(command, check=True, capture_output=True, text=True)
+                    made.replace(file)
+            return ctypes.CDLL(str(file))
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", "") or str(error)
+            reason = f"compiling them failed: {said.strip().splitlines()[0] if said.strip() else error}"
+    elif compiler:
+        reason = f"they are built on Linux, this is {platform.system()}"
+    warnings.warn(f"compressed layers run their slow reference on this CPU: {reason}", stacklevel=2)
+    return None
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels can take inputs like these; compiles them at the first call."""
+    return x.device.type == "cpu" and x.dtype != torch.float64 and library() is not None
+
+
+def direct(x: Tensor) -> bool:
+    """Whether an op may be called as a plain function: torch's dispatcher costs a small layer as much as its product."""
+    traced = torch.compiler.is_compiling() or type(x) is not Tensor
+    return x.device.type == "cpu" and not traced and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def arranged(x_MK: Tensor, segment: int, bits: int, scale_MS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs as `integer_product` takes them: codes `[M, K]` int16, scales and sums of the codes `[M, segments]` fp32.
+
+    With a scale `x_MK` holds integers already, which stay exact; without one they are rounded to 15 bits per segment.
+    """
+    x = x_MK.float().contiguous()
+    tokens, width = x.shape
+    count = -(-width // segment)
+    codes = torch.empty(tokens, width, dtype=torch.int16)
+    scale = torch.empty(tokens, count) if scale_MS is None else scale_MS.float().contiguous()
+    sums = torch.empty(tokens, count)
+    library().arrange(
+        *map(_pointer, (x, codes, scale, sums)),
+        *map(ctypes.c_long, (tokens, width, segment)),
+        *map(ctypes.c_int, (bits, scale_MS is not None, torch.get_num_threads())),
+    )
+    return codes, scale, sums
+
+
+def integer_product(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    segment: int,
+    packed: Tensor,
+    scale_NG: Tensor,
+    bits: int,
+    group_size: int,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    """`[M, N]` fp32 of arranged inputs and packed weights with bf16 scales; optionally added to a tensor.
+
+    A segment must lie in one group, and begin at a column that is a multiple of 8.
+    """
+    codes, scale, sums = inputs
+    tokens, width = codes.shape
+    rows = len(packed)
+    y = torch.empty(tokens, rows) if add_to is None else add_to
+    library().integer_product(
+        *map(_pointer, (codes, scale, sums, packed, scale_NG, y)),
+        *map(ctypes.c_long, (tokens, rows, width, packed.shape[1])),
+        ctypes.c_int(bits),
+        *map(ctypes.c_long, (segment, group_size or width, scale_NG.shape[1])),
+        *map(ctypes.c_int, (add_to is not None, torch.get_num_threads())),
+    )
+    return y
+
+
+def expanded(packed: Tensor, scale_NG: Tensor, bits: int, group_size: int, out_NK: Tensor) -> None:
+    """Write the fp32 weight of packed codes into `[N, K]`, which may be a slice of columns."""
+    rows, width = out_NK.shape
+    library().expand_integers(
+        *map(_pointer, (packed, scale_NG, out_NK)),
+        *map(ctypes.c_long, (rows, width, packed.shape[1])),
+        ctypes.c_int(bits),
+        *map(ctypes.c_long, (group_size or width, scale_NG.shape[1], out_NK.stride(0))),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+
+
+def sparse_product(x_MA: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """`[M, N]` fp32 of inputs and bitmask-packed rows of bf16 values."""
+    x = x_MA.float().contiguous()
+    y = torch.empty(len(x), len(values))
+    library().sparse_product(
+        *map(_pointer, (x, values, mask, y)),
+        *map(ctypes.c_long, (*x.shape[:1], len(values), x.shape[1], values.shape[1])),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return y
+
+
+def sparse_integer_product(
+    x_MA: Tensor, packed: Tensor, scale_NG: Tensor, mask: Tensor, units: int, bits: int, group_size: int
+) -> Tensor:
+    """`[M, N]` fp32 of inputs and bitmask-packed rows of integers, over `units` unit atoms and then the learned ones.
+
+    Both the units and the groups must be multiples of 8.
+    """
+    x = x_MA.float().contiguous()
+    y = torch.empty(len(x), len(packed))
+    library().sparse_integer_product(
+        *map(_pointer, (x, packed, scale_NG, mask, y)),
+        *map(ctypes.c_long, (len(x), len(packed), x.shape[1], units, packed.shape[1])),
+        ctypes.c_int(bits),
+        *map(ctypes.c_long, (group_size, scale_NG.shape[1])),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return y
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _processor() -> str:
+    """What `-march=native` looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
