@@ -1,8 +1,9 @@
-# make demo | test | check | bench: each is enough on a fresh machine with Python 3.10+ and pip.
+# make demo | test | check | kernels | bench: each is enough on a fresh machine with Python 3.10+ and pip.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 
-.PHONY: install test demo check bench clean
+.PHONY: install test demo check kernels bench clean
 
 install: .venv/installed
 
@@ -16,7 +17,7 @@ install: .venv/installed
 
 test: install
 	$(BIN)/ruff check .
-	$(BIN)/python -P -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q -n $(WORKERS) --dist loadfile --durations=15
 
 demo: install
 	$(BIN)/python -P examples/demo.py
@@ -24,6 +25,9 @@ demo: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+kernels: install
+	$(BIN)/python -P benchmarks/kernels.py
 
 bench: install
 	$(BIN)/python -P benchmarks/solvers.py

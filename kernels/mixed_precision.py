@@ -28,7 +28,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from compress.kernels import cpu
+from compress.kernels import cpu, gpu
+from compress.kernels.notice import reference_runs
 from compress.kernels.pack import unpack
 
 _EXACT = 1 << 24  # integers up to here are exact in fp32
@@ -170,7 +171,9 @@ def mixed_precision_cpu(
         parts.append((high, high_scale, high_bits, max(high_bits, activation_bits), low_width, high_features, 0.0))
     rounds = activation_bits < 16
     ways = [_segment(width, group_size, activation_groups if rounds else 1) for *_, width, _ in parts]
-    if not cpu.usable(x) or not all(ways) or low_scale.dtype != torch.bfloat16:
+    if not all(ways):
+        reference_runs(f"no CPU kernel walks groups of {group_size} in {activation_groups} slices")
+    if not all(ways) or not cpu.usable(x) or low_scale.dtype != torch.bfloat16:
         return mixed_precision_reference(
             x, low, low_scale, low_sums, high, high_scale, high_sums, bits, high_bits, high_features, group_size,
             activation_bits, activation_groups, clip,
@@ -199,6 +202,41 @@ def mixed_precision_cpu(
             )
         inputs = cpu.arranged(part, segment, width_bits, input_scale)
         y = cpu.integer_product(inputs, segment, packed, scale, width_bits, group_size, add_to=y)
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+@mixed_precision.register_kernel("cuda")
+def mixed_precision_cuda(
+    x: Tensor, low: Tensor, low_scale: Tensor, low_sums: Tensor | None, high: Tensor | None, high_scale: Tensor | None,
+    high_sums: Tensor | None, bits: int, high_bits: int, high_features: int, group_size: int, activation_bits: int,
+    activation_groups: int, clip: float,
+) -> Tensor:  # fmt: skip
+    """Few tokens: the Triton kernel on packed codes. Many: the weight expanded once, cuBLAS; inputs that are rounded take
+    the exact reference then."""
+    low_width, rounds = x.shape[-1] - high_features, activation_bits < 16
+    x_TI = x.reshape(-1, x.shape[-1])
+    few = len(x_TI) <= gpu.MOST_TOKENS
+    whole = group_size % 8 == 0
+    if not whole:
+        reference_runs(f"no GPU kernel walks groups of {group_size}; multiples of 8 have one")
+    if not whole or not gpu.usable(x) or (rounds and not few):
+        return mixed_precision_reference(
+            x, low, low_scale, low_sums, high, high_scale, high_sums, bits, high_bits, high_features, group_size,
+            activation_bits, activation_groups, clip,
+        )  # fmt: skip
+    parts = [(low, low_scale, bits, activation_bits, x_TI[:, :low_width], clip if activation_bits < 8 else 0.0)]
+    if high is not None:
+        parts.append((high, high_scale, high_bits, max(high_bits, activation_bits), x_TI[:, low_width:], 0.0))
+    if not few:
+        weight = torch.empty(len(low), x.shape[-1], dtype=x.dtype, device=x.device)
+        sides = (weight[:, :low_width], weight[:, low_width:])
+        for (packed, scale, width, *_), side in zip(parts, sides, strict=False):
+            gpu.expanded(packed, scale, width, group_size, side)
+        return (x_TI @ weight.T).view(*x.shape[:-1], -1)
+    y = None
+    for packed, scale, width, seen_bits, part, cut in parts:
+        seen = round_activation(part, seen_bits, activation_groups, cut) if rounds else part
+        y = gpu.integer_product(seen, packed, scale, width, group_size, y)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 

@@ -22,7 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.kernels import cpu
+from compress.kernels import cpu, gpu
+from compress.kernels.notice import reference_runs
 from compress.kernels.pack import unpack
 
 _BITS = tuple(1 << bit for bit in range(8))
@@ -135,6 +136,47 @@ def sparse_dictionary_cpu(
         y = cpu.integer_product(arranged, segment, values, scale, value_bits, group_size)
     else:
         y = cpu.sparse_integer_product(u_MA, values, scale, mask, units, value_bits, group_size)
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+@sparse_dictionary.register_kernel("cuda")
+def sparse_dictionary_cuda(
+    x: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    dictionary: Tensor | None,
+    dictionary_scale: Tensor | None,
+    unit_atoms: bool,
+    learned_atoms: int,
+    nonzeros: int,
+    value_bits: int,
+    group_size: int,
+    dictionary_bits: int,
+) -> Tensor:
+    """Few tokens: the Triton kernels on packed codes. Many: codes expanded once, cuBLAS."""
+    x_MI = x.reshape(-1, x.shape[-1])
+    units = x.shape[-1] if unit_atoms else 0
+    whole = value_bits == 16 or (group_size % 8 == 0 and (learned_atoms == 0 or units % 8 == 0))
+    parts_apart = value_bits < 16 and units > 0 and learned_atoms > 0  # two groups: one walk must know where they part
+    whole &= not parts_apart or (mask is not None and group_size > 0)
+    if not whole:
+        reference_runs(f"no GPU kernel walks groups of {group_size} over {units} + {learned_atoms} atoms")
+    if not whole or len(x_MI) > gpu.MOST_TOKENS or not gpu.usable(x):
+        return sparse_dictionary_reference(
+            x, values, mask, scale, dictionary, dictionary_scale, unit_atoms, learned_atoms, nonzeros, value_bits,
+            group_size, dictionary_bits,
+        )  # fmt: skip
+    inputs = [x_MI] if unit_atoms else []
+    if dictionary is not None:
+        inputs.append(x_MI @ stored_dictionary(dictionary, dictionary_scale, learned_atoms, dictionary_bits).to(x.dtype))
+    u_MA = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
+    if mask is not None:
+        y = gpu.sparse_product(u_MA, values, scale, mask, units, value_bits, group_size)
+    elif value_bits == 16:
+        y = u_MA @ values.to(x.dtype).T
+    else:
+        y = gpu.integer_product(u_MA, values, scale, value_bits, group_size, None)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 

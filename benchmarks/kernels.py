@@ -1,0 +1,122 @@
+"""Compile every Triton kernel for GPUs that are not here, and read what the compilers made of it.
+
+    python -P benchmarks/kernels.py             # what `make kernels` runs: sm_80, sm_90, gfx942
+    python -P benchmarks/kernels.py --quick     # one width per kernel for sm_90: part of `make test`
+
+One JSON line per kernel, width and target: registers, spills, shared memory, and the instructions that the main loop issues
+for each weight it handles. A spill, more registers than let two blocks share a processor, or a loop that has grown past its
+budget by a tenth ends with status 1. Nothing is run: these are static counts, no times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # @triton.jit would return functions that cannot be compiled
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from compress.kernels import gpu
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
+}  # fmt: skip
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {"x": "*bf16", "packed": "*u8", "scale": "*bf16", "y": "*fp32", "out": "*bf16", "mask": "*u8"}
+TILE = {"ROWS": gpu.ROWS, "EIGHTS": gpu.EIGHTS}
+# instructions per weight of the loop on sm_90, as first measured with triton 3.9.0
+BUDGET = {
+    "integer_decode 2": 9.7, "integer_decode 3": 12.1, "integer_decode 4": 9.6, "integer_decode 5": 13.5,
+    "integer_decode 6": 13.6, "integer_decode 7": 16.7, "integer_decode 8": 8.3, "sparse_decode 2": 39.5,
+    "sparse_decode 3": 42.9, "sparse_decode 4": 39.5, "sparse_decode 5": 42.9, "sparse_decode 6": 42.9,
+    "sparse_decode 7": 42.9, "sparse_decode 8": 32.3, "sparse_decode 16": 24.8,
+}  # fmt: skip
+
+
+def cases(quick: bool) -> list[tuple[str, object, dict]]:
+    """Name, kernel and compile-time constants of what is shipped."""
+    widths = [4] if quick else [2, 3, 4, 5, 6, 7, 8]
+    found = [
+        (f"integer_decode {bits}", gpu.integer_decode, {"ADD": False, "BITS": bits, "WORDS": bits in gpu.WORD, **TILE})
+        for bits in widths
+    ]
+    found += [(f"integer_expand {bits}", gpu.integer_expand, {"BITS": bits, **TILE}) for bits in widths]
+    return found + [(f"sparse_decode {bits}", gpu.sparse_decode, {"BITS": bits, **TILE}) for bits in [*widths, 16]]
+
+
+def compiled(kernel: object, constants: dict, target: str) -> object:
+    types = dict(POINTERS, values="*bf16" if constants["BITS"] == 16 else "*u8")
+    if constants.get("WORDS"):
+        types["packed"] = "*i16" if constants["BITS"] == 2 else "*i32"
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names) if name in types}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": gpu.WARPS})
+
+
+def figures(kernel: object) -> dict[str, object]:
+    """Registers, spills, shared memory and the longest innermost loop."""
+    if "hsaco" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        count = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
+        return {"registers": count["vgpr_count"], "spills": count["vgpr_spill_count"], "shared": kernel.metadata.shared}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    return {"registers": registers, "spills": spills, "shared": kernel.metadata.shared, "loop": _longest_loop(code)}
+
+
+def _longest_loop(code: str) -> int:
+    """Instructions of the longest stretch that a branch jumps back over."""
+    labels: dict[str, int] = {}
+    jumps, count = [], 0
+    for line in code.splitlines():
+        label = re.match(r"^(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = count
+        elif re.match(r"^\s+/\*\w+\*/", line):
+            count += 1
+            back = re.search(r"BRA.*?(\.L_x_\d+)", line)
+            if back and back[1] in labels:
+                jumps.append(count - labels[back[1]])
+    return max(jumps, default=0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    failed = 0
+    for target in ("sm_90",) if quick else TARGETS:
+        for name, kernel, constants in cases(quick):
+            line = {"kernel": name, "target": target, **figures(compiled(kernel, constants, target))}
+            loop = line.pop("loop", 0)
+            if loop and "decode" in name:
+                line["instructions_per_weight"] = round(loop * 32 * gpu.WARPS / (gpu.ROWS * gpu.EIGHTS * 8), 2)
+            limit = 1.1 * BUDGET.get(name, float("inf"))
+            good = line["spills"] == 0 and line["registers"] <= 256
+            good &= target != "sm_90" or line.get("instructions_per_weight", 0) <= limit
+            failed += not good
+            print(json.dumps(line | ({} if good else {"failed": True})), flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
