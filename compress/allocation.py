@@ -46,6 +46,7 @@ from compress.tensorfile import read_header, write_file, write_whole
 FILE = "allocation.json"
 _SENSITIVITY = "sensitivity.safetensors"
 _TOKENS = 16384  # enough to rank alternatives by; the real run takes all of them
+_BATCH_TOKENS = 1024  # the logits of a batch and their gradients are held at once
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _trials(
     by_block: dict[int, list[Job]] = {}
     for job in jobs:
         by_block.setdefault(job.block, []).append(job)
-    runner = start_runner(prepared, few)
+    runner = start_runner(prepared, few, batch_tokens=_BATCH_TOKENS)
     passes = _backwards(prepared, runner, staging / "states") if backwards else _forwards(prepared, runner)
     for index, gradients in passes:
         here = by_block.get(index, [])

@@ -55,14 +55,14 @@ class Silent:
         pass
 
 
-def start_runner(prepared: Prepared, tokens: data.Tokens) -> BlockRunner:
+def start_runner(prepared: Prepared, tokens: data.Tokens, batch_tokens: int = _BATCH_TOKENS) -> BlockRunner:
     """A runner that holds the first block's inputs. What lies around the blocks (position tables, norms) keeps its weights,
     because the model runs it again with every block; only the embedding, the one large part of it, is dropped."""
     model = prepared.model
     for module in model.modules():
         for key, buffer in module.named_buffers(recurse=False):
             setattr(module, key, buffer.to(prepared.device))
-    batches = tokens.batches(max(1, _BATCH_TOKENS // tokens.ids.shape[1]))
+    batches = tokens.batches(max(1, batch_tokens // tokens.ids.shape[1]))
     runner = BlockRunner(model, model.get_submodule(prepared.plan.blocks_name), batches, prepared.device)
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     around = prepared.plan.blocks_name.rpartition(".")[0]

@@ -1,0 +1,163 @@
+"""Every GPU kernel checked against fp64, then timed against torch's bf16 product, with the roofline beside it. One call.
+
+    python -P benchmarks/gpu.py                   # on a machine with a GPU: about five minutes
+    python -P benchmarks/gpu.py --check           # correctness alone
+
+Shapes are the four distinct linears of Llama-3-8B and of Llama-3.2-1B. Times are medians of a CUDA graph that runs the layer
+over copies of its weights which together exceed the L2 cache, so that weights come from memory as they do in a model.
+`roofline` is the time that the bytes of the packed weight, inputs and outputs take at the memory bandwidth that a plain copy
+reaches here; `of_roofline` is the share of it that was reached, `ratio` the speed-up over bf16. One JSON line per case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from statistics import median
+
+import torch
+
+from compress.kernels.pack import pack_signed
+from compress.kernels.sparse_dictionary import pack_mask
+from compress.layers import CompressedLinear, build, packed_bytes
+from compress.layers.sparse_dictionary import all_atoms
+from compress.linalg import largest_per_row
+from compress.methods import Site, load
+from compress.recipe import Recipe
+
+SHAPES = {
+    "8b": {"q_proj": (4096, 4096), "k_proj": (4096, 1024), "up_proj": (4096, 14336), "down_proj": (14336, 4096)},
+    "1b": {"q_proj": (2048, 2048), "k_proj": (2048, 512), "up_proj": (2048, 8192), "down_proj": (8192, 2048)},
+}
+FORMS = {
+    "gptq-w4": [],
+    "gptq-w4 8 bits": ["weights.bits=8"],
+    "gptq-w4 3 bits": ["weights.bits=3"],
+    "resq-w4": [],
+    "resq-plus": [],
+    "cospadi-20": [],
+    "cospadi-40": [],
+    "cospadi-40-learned": [],
+    "cospadi-75 4 bits": ["weights.value_bits=4"],
+}
+BATCHES = (1, 16, 256)
+L2_BYTES = 128 << 20  # more than any card has
+
+
+def random_layer(form: str, name: str, shape: tuple[int, int], device: str) -> CompressedLinear:
+    """A layer of the form that a recipe plans for a linear, filled with random codes."""
+    rule = Recipe.load(form.split()[0], FORMS[form]).weights[0]
+    inputs, outputs = shape
+    place = {"q_proj": "stream", "k_proj": "stream", "up_proj": "stream", "down_proj": "hidden"}[name]
+    sizes = {"in_features": inputs, "out_features": outputs, "bias": False}
+    spec = {**load(rule.method).plan(Site(inputs, outputs, place), rule.options), **sizes}
+    layer = build(spec)
+    for key, tensor in layer.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape) * 0.02)
+        elif key == "mask":
+            chosen = largest_per_row(torch.rand(outputs, all_atoms(spec)), spec["num_nonzeros"])
+            tensor.copy_(pack_mask(chosen))
+        elif key == "values" or key in ("low", "high"):
+            bits = spec.get("value_bits") or spec["bits" if key == "low" else "high_bits"]
+            width = spec.get("num_nonzeros") or (spec["high_features"] if key == "high" else inputs - spec["high_features"])
+            half = 1 << (bits - 1)
+            tensor.copy_(pack_signed(torch.randint(-half, half, (outputs, width)), bits))
+        else:
+            tensor.random_(0, 256)
+    return layer.to(device)
+
+
+@torch.inference_mode()
+def error(layer: CompressedLinear, x: torch.Tensor) -> float:
+    """Of the layer in the dtype of x, relative to the norm of the fp64 product of the weight it stands for."""
+    seen = layer.seen_input(layer.spec, x.float()).double()
+    want = seen @ layer.dense_weight().double().T
+    return float((layer(x).double() - want).norm() / want.norm())
+
+
+@torch.inference_mode()
+def seconds(functions: list, x: torch.Tensor, rounds: int = 20) -> float:
+    """Median time of one call, from a CUDA graph of all of them; they are alike but for where their weights lie."""
+    for function in functions[:2]:
+        function(x)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for function in functions:
+            function(x)
+    times = []
+    for _ in range(rounds):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3 / len(functions))
+    return median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a large copy."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds([lambda _: target.copy_(source)], source)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="correctness alone")
+    parser.add_argument("--device", default="cuda", help="cpu: try the script itself, with --check")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    wrong = 0
+    for form in options.forms:
+        for name, shape in {"q_proj": (512, 768), "down_proj": (1536, 576)}.items():
+            layer = random_layer(form, name, shape, options.device)
+            for tokens in (1, 3, 16, 17, 64):
+                for dtype, bound in ((torch.float32, 2e-4), (torch.bfloat16, 2e-2)):
+                    found = error(layer, torch.randn(tokens, shape[0], device=options.device).to(dtype))
+                    if not found < bound:
+                        wrong += 1
+                        print(
+                            json.dumps(
+                                {"wrong": form, "shape": shape, "tokens": tokens, "dtype": str(dtype), "error": found}
+                            )
+                        )
+    print(json.dumps({"checked": len(options.forms), "wrong": wrong}), flush=True)
+    if options.check or wrong:
+        return 1 if wrong else 0
+    bandwidth = copy_bandwidth()
+    print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bytes_per_second": bandwidth}))
+    for size in options.shapes:
+        for name, shape in SHAPES[size].items():
+            copies = max(2, -(-L2_BYTES // (2 * shape[0] * shape[1])))
+            weights = [torch.randn(shape[1], shape[0], device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+            dense = {}
+            for batch in BATCHES:
+                x = torch.randn(batch, shape[0], device="cuda", dtype=torch.bfloat16)
+                dense[batch] = seconds([lambda x, w=w: x @ w.T for w in weights], x)
+            del weights
+            for form in options.forms:
+                one = random_layer(form, name, shape, "cuda")
+                size_bytes = packed_bytes(one.spec)
+                layers = [one] + [random_layer(form, name, shape, "cuda") for _ in range(1, -(-L2_BYTES // size_bytes))]
+                for batch in BATCHES:
+                    x = torch.randn(batch, shape[0], device="cuda", dtype=torch.bfloat16)
+                    took = seconds(layers, x)
+                    least = (size_bytes + 2 * batch * sum(shape)) / bandwidth
+                    line = {
+                        "model": size, "layer": name, "form": form, "batch": batch, "microseconds": round(1e6 * took, 2),
+                        "dense": round(1e6 * dense[batch], 2), "ratio": round(dense[batch] / took, 2),
+                        "roofline": round(1e6 * least, 2), "of_roofline": round(least / took, 2),
+                    }  # fmt: skip
+                    print(json.dumps(line), flush=True)
+                del layers
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
