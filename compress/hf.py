@@ -25,7 +25,7 @@ from compress.source import read_headers
 from compress.tensorfile import write_whole
 from compress.verify import FORMAT_VERSION, install, module_specs, prepare_skeleton
 
-_CARRIED = ("report.json", "recipe.yaml")
+_CARRIED = ("report.json", "recipe.yaml", "allocation.json")
 
 
 class CompressQuantizationConfig(QuantizationConfigMixin):

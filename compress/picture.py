@@ -20,7 +20,7 @@ def draw(report: Report, file: Path) -> None:
         CompressError: a file name that says no format we draw.
     """
     if file.suffix.removeprefix(".").lower() not in _FORMATS:
-        raise CompressError(f"--plot {file}: the name must end in {', .'.join(('', *_FORMATS)).removeprefix(', ')}")
+        raise CompressError(f"--plot {file}: the name must end in {', '.join(f'.{name}' for name in _FORMATS)}")
     import matplotlib
 
     matplotlib.use("agg")

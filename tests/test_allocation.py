@@ -218,3 +218,19 @@ def test_weighted_atoms_serve_the_neurons_that_count() -> None:
             miss = (weight - layer.dense_weight()).double()
             errors[weighting] = float(((miss @ gram) * miss).sum(dim=1) @ importance)
         assert errors["fisher"] < 0.97 * errors["none"]
+
+
+def test_the_choices_are_shown_drawn_and_kept(tiny: Path, tmp_path: Path) -> None:
+    from compress.checkpoint import read_report
+    from compress.picture import draw
+
+    recipe = tiny_recipe(dictionary="identity", allocation="search", ratio=0.3)
+    model = compress.compress_model(tiny, recipe, tmp_path / "out")
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "allocation.json").read_bytes() == (tmp_path / "out" / "allocation.json").read_bytes()
+    report = read_report(tmp_path / "out")
+    for suffix in ("png", "svg"):
+        draw(report, tmp_path / f"bits.{suffix}")
+        assert (tmp_path / f"bits.{suffix}").stat().st_size > 10_000
+    with pytest.raises(CompressError, match=r"must end in \.png, \.svg, \.pdf"):
+        draw(report, tmp_path / "bits.txt")

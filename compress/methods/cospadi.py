@@ -37,7 +37,7 @@ from compress.solvers import gptq, ksvd, orthogonal, pursuit, union
 
 _BALANCES = {"none": 0, "2:4": 4, "16:32": 32}
 _WIDTHS = (2, 3, 4, 5, 6, 8)
-_DENSE_ENOUGH = 0.6
+_SPARSE_WIDTHS, _DENSE_ENOUGH = (3, 4), 0.6
 _LEAST_IMPORTANCE = 1e-3
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 
@@ -79,7 +79,10 @@ def kinds(config: Config) -> list[Config]:
 
 
 def alternatives(site: Site, config: Config) -> list[Config]:
-    """The widths and ratios to try for a matrix, of one kind of dictionary. Few wide codes lose to more narrow ones."""
+    """The widths and ratios to try for a matrix, of one kind of dictionary.
+
+    Few wide codes lose to more narrow ones, and above 3 bits per weight a sparse matrix loses to a mixture of dense ones.
+    """
     if config.value_bits != "auto":
         return [config.model_copy(update={"ratio": ratio}) for ratio in config.ratios()]
     tries = []
@@ -87,14 +90,16 @@ def alternatives(site: Site, config: Config) -> list[Config]:
         one = config.model_copy(update={"ratio": ratio, "value_bits": bits})
         with suppress(ValueError):
             spec = plan(site, one)
-            if spec["num_nonzeros"] >= _DENSE_ENOUGH * site.in_features:
+            used = spec["num_nonzeros"] / site.in_features
+            if used == 1 or (bits in _SPARSE_WIDTHS and used >= _DENSE_ENOUGH):
                 tries.append(one)
     return tries
 
 
 def quick(config: Config) -> Config:
     """The same at less expense: enough to compare alternatives by."""
-    least = {"iterations": 1, "refits": 2, "thresholds": 0, "refit_steps": 4, "polish": 0}
+    steps = 4 if config.value_bits == 16 else 0  # GPTQ makes good what is left off
+    least = {"iterations": 1, "refits": 2, "thresholds": 0, "refit_steps": steps, "polish": 0}
     return config.model_copy(update=least)
 
 
