@@ -156,6 +156,23 @@ def sparse_integer_product(
     return y
 
 
+def expanded_sparse(
+    packed: Tensor, scale_NG: Tensor | None, mask: Tensor, units: int, learned: int, bits: int, group_size: int
+) -> Tensor:
+    """The fp32 codes `[N, units + learned]` of bitmask-packed rows; arguments and limits as in the two products."""
+    atoms = units + learned
+    out = torch.empty(len(packed), atoms)
+    scale = mask if scale_NG is None else scale_NG
+    library().expand_sparse(
+        *map(_pointer, (packed, scale, mask, out)),
+        *map(ctypes.c_long, (len(packed), atoms, units, packed.shape[1])),
+        ctypes.c_int(bits),
+        *map(ctypes.c_long, (group_size, scale.shape[1])),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return out
+
+
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 

@@ -181,6 +181,15 @@ extern "C" void expand_integers(const uint8_t* w, const uint16_t* w_scale, float
             const long stop = start + group < K ? start + group : K;
             for (long k = start; k < stop;) {
                 const uint64_t codes = eight_codes(row + k / 8 * bits, bits, bits) >> (k % 8 * 8);
+#if defined(__AVX2__)
+                if (k % 8 == 0 && k + 8 <= stop) {
+                    __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(codes));
+                    wide = _mm256_sub_epi32(wide, _mm256_set1_epi32(1 << (bits - 1)));
+                    _mm256_storeu_ps(to + k, _mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(ws)));
+                    k += 8;
+                    continue;
+                }
+#endif
                 const long most = 8 - k % 8 < stop - k ? 8 - k % 8 : stop - k;
                 for (long i = 0; i < most; i++) to[k + i] = float(int(codes >> (8 * i) & 255) - (1 << (bits - 1))) * ws;
                 k += most;
@@ -320,5 +329,55 @@ extern "C" void sparse_integer_product(const float* x, const uint8_t* packed, co
         else if (step == 2) run(sparse_integer_rows<2>);
         else run(sparse_integer_rows<1>);
         m += step;
+    }
+}
+
+// The same rows multiplied out, for many tokens: values, or integers with scales, at the columns that the mask names.
+extern "C" void expand_sparse(const void* packed, const uint16_t* w_scale, const uint8_t* mask, float* out, long N, long A,
+                              long units, long row_values, int bits, long group, long groups, int threads) {
+    const long mask_bytes = (A + 7) / 8;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < N; n++) {
+        const uint16_t* value = (const uint16_t*)packed + n * row_values;
+        const uint8_t *row = (const uint8_t*)packed + n * row_values, *pattern = mask + n * mask_bytes;
+        float* to = out + n * A;
+        long next = 0;
+        for (long byte = 0; byte < mask_bytes; byte++) {
+            const int kept = pattern[byte];
+            const long column = 8 * byte, bit = next * bits;
+            float scale = 1;
+            if (bits < 16) {
+                const bool second = column >= units;  // a byte lies in one part and in one group
+                const long from = second ? units : 0, step = group ? group : (second ? A - units : units);
+                const long before = second && units ? (units + (group ? group : units) - 1) / (group ? group : units) : 0;
+                scale = bf16(w_scale[n * groups + before + (column - from) / step]);
+            }
+            const uint64_t codes = bits < 16 ? eight_codes(row + bit / 8, bits, row_values - bit / 8, bit % 8) : 0;
+#if defined(__AVX2__)
+            if (column + 8 <= A && (bits < 16 || n * row_values + next + 8 <= N * row_values)) {
+                __m256i wide;
+                if (bits < 16) {
+                    wide = _mm256_sub_epi32(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(codes)), _mm256_set1_epi32(1 << (bits - 1)));
+                    wide = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(scale)));
+                } else {
+                    wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(value + next))), 16);
+                }
+                wide = _mm256_permutevar8x32_epi32(wide, _mm256_load_si256((const __m256i*)SPREAD[kept]));
+                wide = _mm256_and_si256(wide, _mm256_load_si256((const __m256i*)KEEP[kept]));
+                _mm256_storeu_si256((__m256i*)(to + column), wide);
+                next += __builtin_popcount(kept);
+                continue;
+            }
+#endif
+            for (int i = 0, used = 0; i < 8 && column + i < A; i++) {
+                float one = 0;
+                if (kept >> i & 1) {
+                    one = bits < 16 ? float(int(codes >> (8 * used) & 255) - (1 << (bits - 1))) : bf16(value[next + used]);
+                    used++;
+                }
+                to[column + i] = one * scale;
+            }
+            next += __builtin_popcount(kept);
+        }
     }
 }

@@ -113,27 +113,34 @@ def sparse_dictionary_cpu(
 ) -> Tensor:
     """Few tokens: each row's nonzeros meet the inputs where the mask says. Many: codes expanded once, products in fp32."""
     x_MI = x.reshape(-1, x.shape[-1]).float()
-    units = x.shape[-1] if unit_atoms else 0
+    units, few = x.shape[-1] if unit_atoms else 0, len(x_MI) <= cpu.MOST_TOKENS
     stored = torch.uint8 if value_bits < 16 else torch.bfloat16
-    runs_here = len(x_MI) <= cpu.MOST_TOKENS and values.dtype == stored and cpu.usable(x)
+    runs_here = values.dtype == stored and cpu.usable(x)
     if value_bits < 16:
         runs_here &= group_size % 8 == 0 and (learned_atoms == 0 or units % 8 == 0) and scale.dtype == torch.bfloat16
         runs_here &= mask is not None or units == 0 or learned_atoms == 0
     if not runs_here:
         return sparse_dictionary_reference(
-            x if x.dtype == torch.float64 else x_MI.view(x.shape), values, mask, scale, dictionary, dictionary_scale,
-            unit_atoms, learned_atoms, nonzeros, value_bits, group_size, dictionary_bits,
-        ).to(x.dtype)  # fmt: skip
+            x, values, mask, scale, dictionary, dictionary_scale, unit_atoms, learned_atoms, nonzeros, value_bits,
+            group_size, dictionary_bits,
+        )  # fmt: skip
     inputs = [x_MI] if unit_atoms else []
     if dictionary is not None:
         inputs.append(x_MI @ stored_dictionary(dictionary, dictionary_scale, learned_atoms, dictionary_bits).float())
     u_MA = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
-    if value_bits == 16:
-        y = u_MA @ values.float().T if mask is None else cpu.sparse_product(u_MA, values, mask)
+    if mask is None and value_bits == 16:
+        y = u_MA @ values.float().T
+    elif mask is None and few:
+        arranged = cpu.arranged(u_MA, group_size or u_MA.shape[1], value_bits)
+        y = cpu.integer_product(arranged, group_size or u_MA.shape[1], values, scale, value_bits, group_size)
     elif mask is None:
-        segment = group_size or u_MA.shape[1]
-        arranged = cpu.arranged(u_MA, segment, value_bits)
-        y = cpu.integer_product(arranged, segment, values, scale, value_bits, group_size)
+        codes = torch.empty(len(values), u_MA.shape[1])
+        cpu.expanded(values, scale, value_bits, group_size, codes)
+        y = u_MA @ codes.T
+    elif not few:
+        y = u_MA @ cpu.expanded_sparse(values, scale, mask, units, learned_atoms, value_bits, group_size).T
+    elif value_bits == 16:
+        y = cpu.sparse_product(u_MA, values, mask)
     else:
         y = cpu.sparse_integer_product(u_MA, values, scale, mask, units, value_bits, group_size)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
