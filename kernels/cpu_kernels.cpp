@@ -26,7 +26,8 @@ static const long BLOCK = 32;
 // Eight codes of b bits, one to a byte; `bytes` says how many may be read.
 static inline uint64_t eight_codes(const uint8_t* from, int bits, long bytes, int shift = 0) {
     uint64_t word = 0;
-    std::memcpy(&word, from, bytes < 8 ? bytes : 8);
+    if (bytes >= 8) std::memcpy(&word, from, 8);
+    else std::memcpy(&word, from, bytes);
     word >>= shift;
     const uint64_t lanes = 0x0101010101010101ull * ((1ull << bits) - 1);
 #if defined(__BMI2__)
@@ -180,7 +181,8 @@ extern "C" void expand_integers(const uint8_t* w, const uint16_t* w_scale, float
             const float ws = bf16(w_scale[n * groups + start / group]);
             const long stop = start + group < K ? start + group : K;
             for (long k = start; k < stop;) {
-                const uint64_t codes = eight_codes(row + k / 8 * bits, bits, bits) >> (k % 8 * 8);
+                const long at = k / 8 * bits;
+                const uint64_t codes = eight_codes(row + at, bits, row_bytes - at) >> (k % 8 * 8);
 #if defined(__AVX2__)
                 if (k % 8 == 0 && k + 8 <= stop) {
                     __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(codes));
