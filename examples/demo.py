@@ -48,9 +48,12 @@ def main() -> None:
         )
     model = smollm2(prefer_hub=dataset == "wikitext2")
     recipe = Recipe.load(
-        "cospadi-20",  # without the search, which takes minutes
-        [f"calibration.dataset={dataset}", "calibration.samples=32", "calibration.length=512", "weights.allocation=uniform"],
-    )
+        "cospadi-20",  # without its trials and its search, which take minutes
+        [
+            f"calibration.dataset={dataset}", "calibration.samples=32", "calibration.length=512",
+            "weights.allocation=uniform", "weights.dictionary=identity",
+        ],
+    )  # fmt: skip
     shutil.rmtree(OUTPUT, ignore_errors=True)
     with BarProgress() as progress:
         report = run(model, recipe, OUTPUT, progress=progress)
