@@ -121,13 +121,6 @@ class BlockRunner:
 
     def run_head(self, head: nn.Module, visit: Callable[[Tensor, Tensor | None], None]) -> None:
         """Call `visit(inputs, mask)` with what the output projection would get after the last block."""
-        stored: Tensor
-
-        def last(_: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (stored,) if self.returns_tuple else stored
-
-        count = len(self.blocks)
-        replaced = {**dict.fromkeys(range(count - 1), self._pass), count - 1: last}
 
         def stop(module: nn.Module, args: tuple) -> None:
             visit(args[0], self.mask)
@@ -135,28 +128,29 @@ class BlockRunner:
 
         handle = head.register_forward_pre_hook(stop)
         try:
-            with torch.inference_mode(), self._replaced(replaced):
-                for (_, mask), hidden in zip(self.batches, self.hidden, strict=True):
-                    stored = hidden.to(self.device)
+            for (_, mask), hidden in zip(self.batches, self.hidden, strict=True):
+                stored = hidden.to(self.device)
+                with torch.inference_mode(), self._replaced(self._behind_blocks(stored)):
                     self._drive({"inputs_embeds": stored}, mask)
         finally:
             handle.remove()
 
     def run_to_logits(self) -> Iterator[tuple[Tensor, Tensor]]:
         """`(hidden, logits)` of every batch, with gradients from the logits back to what the last block gave, `hidden`."""
-        leaf: Tensor
+        for (_, mask), hidden in zip(self.batches, self.hidden, strict=True):
+            leaf = hidden.to(self.device).clone().requires_grad_()
+            with torch.enable_grad(), self._replaced(self._behind_blocks(leaf)):
+                logits = self._call({"inputs_embeds": leaf.detach()}, mask).logits
+            yield leaf, logits
+
+    def _behind_blocks(self, hidden: Tensor) -> dict[int, Callable]:
+        """Forwards of all blocks under which what lies behind them gets `hidden`."""
 
         def last(_: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (leaf,) if self.returns_tuple else leaf
+            return (hidden,) if self.returns_tuple else hidden
 
         count = len(self.blocks)
-        with self._replaced({**dict.fromkeys(range(count - 1), self._pass), count - 1: last}):
-            for (_, mask), hidden in zip(self.batches, self.hidden, strict=True):
-                leaf = hidden.to(self.device).clone().requires_grad_()
-                self.mask = mask
-                padding = {} if mask is None else {"attention_mask": mask.long().to(self.device)}
-                with torch.enable_grad():
-                    yield leaf, self.model(inputs_embeds=leaf.detach(), **padding, use_cache=False).logits
+        return {**dict.fromkeys(range(count - 1), self._pass), count - 1: last}
 
     def backward(self, index: int, number: int, gradient: Tensor) -> Tensor:
         """The gradient before block `index`, from that behind it, of batch `number` of `hidden`."""
@@ -253,11 +247,14 @@ class BlockRunner:
     def _pass(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return (hidden,) if self.returns_tuple else hidden
 
-    def _drive(self, inputs: dict[str, Tensor], mask: Tensor | None) -> None:
+    def _call(self, inputs: dict[str, Tensor], mask: Tensor | None) -> Any:
         self.mask = mask
         padding = {} if mask is None else {"attention_mask": mask.long().to(self.device)}
+        return self.model(**inputs, **padding, use_cache=False)
+
+    def _drive(self, inputs: dict[str, Tensor], mask: Tensor | None) -> None:
         try:
-            self.model(**inputs, **padding, use_cache=False)
+            self._call(inputs, mask)
         except _Stop:
             return
         raise CompressError(f"{type(self.model).__name__} ran without calling its decoder blocks")

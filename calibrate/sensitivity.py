@@ -12,7 +12,7 @@ Legend: T tokens, N output neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -83,8 +83,5 @@ class StoredStates:
         write_file(self.folder / f"{index:05d}.safetensors", {f"{i:05d}": state for i, state in enumerate(states)})
 
     def get(self, index: int) -> list[Tensor]:
-        return list(self._read(index))
-
-    def _read(self, index: int) -> Iterator[Tensor]:
         stored = read_header(self.folder / f"{index:05d}.safetensors")
-        return (stored[name].read() for name in sorted(stored))
+        return [stored[name].read() for name in sorted(stored)]

@@ -36,7 +36,7 @@ from compress.errors import CompressError
 from compress.jsonfile import read_json
 from compress.knapsack import choose
 from compress.layers import dense_bytes, packed_bytes
-from compress.linalg import SecondMoment
+from compress.linalg import SecondMoment, relative
 from compress.memory import give_back_freed_memory
 from compress.model import build_skeleton, materialise, materialise_head, release
 from compress.plan import HEAD, Job, Plan, job_spec
@@ -110,11 +110,9 @@ def _settled(prepared: Prepared, options: dict[str, dict[str, Any]]) -> Plan:
     for job in prepared.plan.jobs:
         if job.name in options:
             rule = job.rule.model_copy(update={"options": job.rule.options.model_copy(update=options[job.name])})
-            module = prepared.model.get_submodule(job.name)
-            job = replace(job, rule=rule, spec=job_spec(prepared.model, job.name, module, prepared.source, rule))
+            job = replace(job, rule=rule, spec=job_spec(prepared.model, job.name, prepared.source, rule))
         jobs.append(job)
-    by_block = {index: [job for job in jobs if job.block == index] for index in prepared.plan.by_block}
-    return replace(prepared.plan, jobs=tuple(jobs), by_block=by_block)
+    return replace(prepared.plan, jobs=tuple(jobs))
 
 
 def _trials(
@@ -129,13 +127,10 @@ def _trials(
     searched = any(_minds(job, "allocation", "search") for job in jobs)
     backwards = searched or any(_minds(job, "weighting", "fisher") for job in jobs)
     progress.note(f"{'searching for' if searched else 'trying'} the best form of {len(jobs)} matrices on {few.count} tokens")
-    by_block: dict[int, list[Job]] = {}
-    for job in jobs:
-        by_block.setdefault(job.block, []).append(job)
     runner = start_runner(prepared, few, batch_tokens=_BATCH_TOKENS)
     passes = _backwards(prepared, runner, staging / "states") if backwards else _forwards(prepared, runner)
     for index, gradients in passes:
-        here = by_block.get(index, [])
+        here = [job for job in jobs if job.block == index]
         linears = {job.name: model.get_submodule(job.name) for job in here}
         if here:
             grams = runner.grams(index, linears, keep=False)
@@ -185,13 +180,14 @@ def _tried(prepared: Prepared, job: Job, inputs: SecondMoment) -> list[Candidate
     method, whole = methods.load(job.rule.method), job.rule.options
     site = methods.Site(job.spec["in_features"], job.spec["out_features"])
     weight = prepared.source.read(f"{job.name}.weight").to(prepared.device, torch.float32)
+    energy, before = inputs.energy(weight), whole.model_dump()
     found: dict[str, Candidate] = {}
 
     def trial(options: methods.MethodConfig) -> Candidate | None:
         """The price of one alternative; None when it does not fit the matrix."""
         rule = job.rule.model_copy(update={"options": options})
         try:
-            spec = job_spec(prepared.model, job.name, prepared.model.get_submodule(job.name), prepared.source, rule)
+            spec = job_spec(prepared.model, job.name, prepared.source, rule)
         except CompressError:
             return None
         key = json.dumps(spec, sort_keys=True)
@@ -201,14 +197,11 @@ def _tried(prepared: Prepared, job: Job, inputs: SecondMoment) -> list[Candidate
                 tensors = method.compress(weight, inputs, spec, quick)
             except (ValueError, torch.linalg.LinAlgError) as error:
                 raise CompressError(f"{job.name}: {error}") from error
-            layer = filled_layer(job.name, spec, tensors, prepared.device).dense_weight()
-            miss = weight.double() - layer.double()
-            by_output = ((miss @ inputs.gram_II) * miss).sum(dim=1)
-            f_N = inputs.importance_N
-            price = float(by_output.sum() if f_N is None else by_output @ f_N.to(by_output.device) / 2)
-            before = whole.model_dump()
+            approximation = filled_layer(spec, tensors, prepared.device).dense_weight()
+            errors, f_N = inputs.errors(weight, approximation), inputs.importance_N
+            price = float(errors.sum() if f_N is None else errors @ f_N.to(errors.device) / 2)
             changed = {name: value for name, value in options.model_dump().items() if value != before[name]}
-            found[key] = Candidate(changed, packed_bytes(spec), inputs.relative_error(weight, layer), price)
+            found[key] = Candidate(changed, packed_bytes(spec), relative(errors, energy), price)
         return found[key]
 
     forms = _kinds(method, whole)
@@ -229,7 +222,7 @@ def _choices(jobs: list[Job], found: dict[str, list[Candidate]], progress: Progr
     """The index of every matrix's candidate: the best of each, or the best of all under the rule's total."""
     chosen: dict[str, int] = {}
     for rule in dict.fromkeys(job.rule for job in jobs):
-        mine = [job for job in jobs if job.rule is rule or job.rule == rule]
+        mine = [job for job in jobs if job.rule == rule]
         if rule.options.allocation == "uniform":
             for job in mine:
                 prices = [candidate.price for candidate in found[job.name]]

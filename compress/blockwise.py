@@ -160,7 +160,7 @@ def _compress_jobs(
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise CompressError(f"{job.name}: {error}") from error
         _require_finite(job.name, tensors)
-        layer = filled_layer(job.name, job.spec, tensors, prepared.device)
+        layer = filled_layer(job.spec, tensors, prepared.device)
         error = inputs.relative_error(weight, layer.dense_weight())
         _require_finite(job.name, {"error": torch.tensor(error)})
         report = ModuleReport.of(job.name, job.rule.method, job.spec, error, time.perf_counter() - started)
@@ -201,10 +201,10 @@ def _require_finite(name: str, tensors: dict[str, Tensor]) -> None:
             )
 
 
-def filled_layer(name: str, spec: Spec, tensors: dict[str, Tensor], device: torch.device) -> CompressedLinear:
-    """The layer of a spec, its bias left out, with its packed tensors, under their own names or as `name.key`."""
+def filled_layer(spec: Spec, tensors: dict[str, Tensor], device: torch.device) -> CompressedLinear:
+    """The layer of a spec, its bias left out, with its packed tensors."""
     layer = build({**spec, "bias": False}).to(device)
-    layer.load_state_dict({key: tensors[key] if key in tensors else tensors[f"{name}.{key}"] for key in layer.state_dict()})
+    layer.load_state_dict(tensors)
     return layer
 
 
@@ -214,7 +214,9 @@ def _installed(model: nn.Module, jobs: list[Job], packed: dict[str, Tensor], pre
     product, behind the rounding of the inputs if there is any, is the fastest way to run the same function."""
     handles = []
     for job in jobs:
-        layer, linear = filled_layer(job.name, job.spec, packed, prepared.device), model.get_submodule(job.name)
+        prefix = f"{job.name}."
+        tensors = {key.removeprefix(prefix): value for key, value in packed.items() if key.startswith(prefix)}
+        layer, linear = filled_layer(job.spec, tensors, prepared.device), model.get_submodule(job.name)
         linear.weight = nn.Parameter(layer.dense_weight().to(prepared.dtype), requires_grad=False)
         if layer.rounding(job.spec):
             handles.append(linear.register_forward_pre_hook(partial(_round_inputs, layer)))

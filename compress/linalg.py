@@ -49,21 +49,34 @@ class SecondMoment:
         right = weight_NI.double() @ (self.cross_II + damp)
         return torch.linalg.solve(self.gram_II + damp, right.T).T.to(weight_NI.dtype)
 
+    def energy(self, weight_NI: Tensor) -> Tensor:
+        """E[(w_n x)^2] of every output neuron, `[N]` fp64."""
+        weight = weight_NI.double()
+        return ((weight @ self.target_II) * weight).sum(dim=1)
+
+    def errors(self, weight_NI: Tensor, approximation_NI: Tensor) -> Tensor:
+        """E[(w_n x - what_n x')^2] of every output neuron, `[N]` fp64."""
+        weight, other = weight_NI.double(), approximation_NI.double()
+        if self.cross_II is self.gram_II:  # one small difference instead of the difference of large numbers
+            return (((weight - other) @ self.gram_II) * (weight - other)).sum(dim=1)
+        both = ((weight @ self.cross_II) * other).sum(dim=1)
+        return self.energy(weight) - 2 * both + ((other @ self.gram_II) * other).sum(dim=1)
+
     def relative_error(self, weight_NI: Tensor, approximation_NI: Tensor) -> float:
         """||W x - What x'|| / ||W x|| in the mean over the tokens, fp64; 0 when W x is."""
-        weight, other = weight_NI.double(), approximation_NI.double()
-        energy = ((weight @ self.target_II) * weight).sum()
-        if self.cross_II is self.gram_II:  # one small difference instead of the difference of large numbers
-            error = (((weight - other) @ self.gram_II) * (weight - other)).sum()
-        else:
-            error = energy - 2 * ((weight @ self.cross_II) * other).sum() + ((other @ self.gram_II) * other).sum()
-        return float((error / energy).clamp_min(0).sqrt()) if energy > 0 else 0.0
+        return relative(self.errors(weight_NI, approximation_NI), self.energy(weight_NI))
 
     def whitening(self, damping: float) -> tuple[Tensor, Tensor]:
         """`whitening(gram_II, damping)`, remembered."""
         if damping not in self._whitenings:
             self._whitenings[damping] = whitening(self.gram_II, damping)
         return self._whitenings[damping]
+
+
+def relative(error_N: Tensor, energy_N: Tensor) -> float:
+    """The root of the share that errors have in an energy; 0 when there is none."""
+    energy = energy_N.sum()
+    return float((error_N.sum() / energy).clamp_min(0).sqrt()) if energy > 0 else 0.0
 
 
 def whitening(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -36,9 +37,16 @@ class Plan:
     num_blocks: int
     jobs: tuple[Job, ...]
     notes: tuple[str, ...] = ()
-    by_block: dict[int, list[Job]] = field(default_factory=dict)
     others: dict[str, Spec] = field(default_factory=dict)  # layers of our own that replace no matrix
     cache: dict[str, Any] | None = None  # what a loaded model makes its KV caches from, see compress.cache.attached
+
+    @cached_property
+    def by_block(self) -> dict[int, list[Job]]:
+        """The jobs of every block that has any."""
+        found: dict[int, list[Job]] = {}
+        for job in self.jobs:
+            found.setdefault(job.block, []).append(job)
+        return found
 
     @property
     def dense_bytes(self) -> int:
@@ -67,7 +75,7 @@ def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
     _require_matches(model, recipe, candidates)
     recipe = _budgeted(model, source, recipe, candidates)
     jobs = []
-    for name, module in candidates.items():
+    for name in candidates:
         rule = recipe.rule_for(name)
         if rule is None:
             continue
@@ -75,18 +83,15 @@ def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
             raise CompressError(f"{name} shares its weight with the input embedding and cannot be compressed; leave it out")
         if f"{name}.weight" not in source.tensors:
             raise CompressError(f"the checkpoint holds no {name}.weight; its names are not those of this architecture")
-        jobs.append(Job(name, _block_of(name, blocks_name), job_spec(model, name, module, source, rule), rule))
+        jobs.append(Job(name, _block_of(name, blocks_name), job_spec(model, name, source, rule), rule))
     if not jobs:
         raise CompressError("the recipe leaves every layer as it is; give a rule with a method")
-    by_block: dict[int, list[Job]] = {}
-    for job in jobs:
-        by_block.setdefault(job.block, []).append(job)
     unmatched = [
         name
         for name in candidates
         if name != head and "experts" not in name and not any(rule.matches(name) for rule in recipe.weights)
     ]
-    return Plan(blocks_name, len(blocks), tuple(jobs), _notes(blocks, routers, unmatched), by_block)
+    return Plan(blocks_name, len(blocks), tuple(jobs), _notes(blocks, routers, unmatched))
 
 
 def _budgeted(model: nn.Module, source: Source, recipe: Recipe, linears: dict[str, nn.Linear]) -> Recipe:
@@ -104,13 +109,14 @@ def _budgeted(model: nn.Module, source: Source, recipe: Recipe, linears: dict[st
             if chosen is recipe.weights[number]:
                 mine += 2 * module.in_features * module.out_features
             else:
-                other += packed_bytes(job_spec(model, name, module, source, chosen))
+                other += packed_bytes(job_spec(model, name, source, chosen))
         rules[number] = rule.model_copy(update={"options": settled(rule.options, mine, other)})
     return recipe.model_copy(update={"weights": tuple(rules)})
 
 
-def job_spec(model: nn.Module, name: str, module: nn.Linear, source: Source, rule: Rule) -> Spec:
+def job_spec(model: nn.Module, name: str, source: Source, rule: Rule) -> Spec:
     """The storage spec that a rule's method plans for a matrix; CompressError when it cannot be met, by name."""
+    module = model.get_submodule(name)
     inputs, heads = inputs_of(model, name, module)
     site = methods.Site(module.in_features, module.out_features, inputs, heads)
     try:

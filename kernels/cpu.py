@@ -16,12 +16,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import warnings
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from compress.kernels.notice import reference_runs
 
 MOST_TOKENS = 16  # above, weights are multiplied out: they are read once for all tokens, and MKL is faster
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
@@ -29,7 +30,7 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def compiled() -> ctypes.CDLL | None:
     """The compiled kernels; None, with one warning, where they cannot be compiled."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     reason = "no C++ compiler was found"
@@ -52,13 +53,13 @@ def library() -> ctypes.CDLL | None:
             reason = f"compiling them failed: {said.strip().splitlines()[0] if said.strip() else error}"
     elif compiler:
         reason = f"they are built on Linux, this is {platform.system()}"
-    warnings.warn(f"compressed layers run their slow reference on this CPU: {reason}", stacklevel=2)
+    reference_runs(f"no kernels for this CPU, {reason}")
     return None
 
 
 def usable(x: Tensor) -> bool:
     """Whether the kernels can take inputs like these; compiles them at the first call."""
-    return x.device.type == "cpu" and x.dtype != torch.float64 and library() is not None
+    return x.device.type == "cpu" and x.dtype != torch.float64 and compiled() is not None
 
 
 def direct(x: Tensor) -> bool:
@@ -78,7 +79,7 @@ def arranged(x_MK: Tensor, segment: int, bits: int, scale_MS: Tensor | None = No
     codes = torch.empty(tokens, width, dtype=torch.int16)
     scale = torch.empty(tokens, count) if scale_MS is None else scale_MS.float().contiguous()
     sums = torch.empty(tokens, count)
-    library().arrange(
+    compiled().arrange(
         *map(_pointer, (x, codes, scale, sums)),
         *map(ctypes.c_long, (tokens, width, segment)),
         *map(ctypes.c_int, (bits, scale_MS is not None, torch.get_num_threads())),
@@ -103,7 +104,7 @@ def integer_product(
     tokens, width = codes.shape
     rows = len(packed)
     y = torch.empty(tokens, rows) if add_to is None else add_to
-    library().integer_product(
+    compiled().integer_product(
         *map(_pointer, (codes, scale, sums, packed, scale_NG, y)),
         *map(ctypes.c_long, (tokens, rows, width, packed.shape[1])),
         ctypes.c_int(bits),
@@ -116,7 +117,7 @@ def integer_product(
 def expanded(packed: Tensor, scale_NG: Tensor, bits: int, group_size: int, out_NK: Tensor) -> None:
     """Write the fp32 weight of packed codes into `[N, K]`, which may be a slice of columns."""
     rows, width = out_NK.shape
-    library().expand_integers(
+    compiled().expand_integers(
         *map(_pointer, (packed, scale_NG, out_NK)),
         *map(ctypes.c_long, (rows, width, packed.shape[1])),
         ctypes.c_int(bits),
@@ -125,33 +126,26 @@ def expanded(packed: Tensor, scale_NG: Tensor, bits: int, group_size: int, out_N
     )
 
 
-def sparse_product(x_MA: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """`[M, N]` fp32 of inputs and bitmask-packed rows of bf16 values."""
-    x = x_MA.float().contiguous()
-    y = torch.empty(len(x), len(values))
-    library().sparse_product(
-        *map(_pointer, (x, values, mask, y)),
-        *map(ctypes.c_long, (*x.shape[:1], len(values), x.shape[1], values.shape[1])),
-        ctypes.c_int(torch.get_num_threads()),
-    )
-    return y
-
-
-def sparse_integer_product(
-    x_MA: Tensor, packed: Tensor, scale_NG: Tensor, mask: Tensor, units: int, bits: int, group_size: int
+def sparse_product(
+    x_MA: Tensor, values: Tensor, scale_NG: Tensor | None, mask: Tensor, units: int, bits: int, group_size: int
 ) -> Tensor:
-    """`[M, N]` fp32 of inputs and bitmask-packed rows of integers, over `units` unit atoms and then the learned ones.
+    """`[M, N]` fp32 of inputs and bitmask-packed rows over `units` unit atoms and then the learned ones.
 
-    Both the units and the groups must be multiples of 8.
+    The values are bf16, or integers with scales; of these, both the units and the groups must be multiples of 8.
     """
     x = x_MA.float().contiguous()
-    y = torch.empty(len(x), len(packed))
-    library().sparse_integer_product(
-        *map(_pointer, (x, packed, scale_NG, mask, y)),
-        *map(ctypes.c_long, (len(x), len(packed), x.shape[1], units, packed.shape[1])),
+    y = torch.empty(len(x), len(values))
+    sizes, threads = (len(x), len(values), x.shape[1]), ctypes.c_int(torch.get_num_threads())
+    if scale_NG is None:
+        row = map(ctypes.c_long, (*sizes, values.shape[1]))
+        compiled().sparse_product(*map(_pointer, (x, values, mask, y)), *row, threads)
+        return y
+    compiled().sparse_integer_product(
+        *map(_pointer, (x, values, scale_NG, mask, y)),
+        *map(ctypes.c_long, (*sizes, units, values.shape[1])),
         ctypes.c_int(bits),
         *map(ctypes.c_long, (group_size, scale_NG.shape[1])),
-        ctypes.c_int(torch.get_num_threads()),
+        threads,
     )
     return y
 
@@ -159,11 +153,11 @@ def sparse_integer_product(
 def expanded_sparse(
     packed: Tensor, scale_NG: Tensor | None, mask: Tensor, units: int, learned: int, bits: int, group_size: int
 ) -> Tensor:
-    """The fp32 codes `[N, units + learned]` of bitmask-packed rows; arguments and limits as in the two products."""
+    """The fp32 codes `[N, units + learned]` of bitmask-packed rows; arguments and limits as in the product."""
     atoms = units + learned
     out = torch.empty(len(packed), atoms)
     scale = mask if scale_NG is None else scale_NG
-    library().expand_sparse(
+    compiled().expand_sparse(
         *map(_pointer, (packed, scale, mask, out)),
         *map(ctypes.c_long, (len(packed), atoms, units, packed.shape[1])),
         ctypes.c_int(bits),

@@ -23,14 +23,16 @@ Legend: T tokens, K columns of a part, N output neurons, G segments.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress.kernels import cpu, gpu
 from compress.kernels.notice import reference_runs
-from compress.kernels.pack import unpack
+from compress.kernels.pack import unpack_signed
 
 _EXACT = 1 << 24  # integers up to here are exact in fp32
 
@@ -59,14 +61,9 @@ def round_activation(x: Tensor, bits: int, groups: int, clip: float = 0.0) -> Te
     return ((codes.unflatten(-1, (groups, -1)) - zero[..., None]) * scale[..., None]).flatten(-2)
 
 
-def weight_codes(packed: Tensor, bits: int, width: int) -> Tensor:
-    """Signed codes `[N, width]` int8."""
-    return (unpack(packed, bits, width).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
-
-
 def dequantize_part(packed: Tensor, scale: Tensor, bits: int, width: int, group_size: int) -> Tensor:
     """The fp32 weight `[N, width]` of one part."""
-    codes = weight_codes(packed, bits, width).float()
+    codes = unpack_signed(packed, bits, width).float()
     step = group_size or width
     return codes * scale.float().repeat_interleave(step, dim=1)[:, :width]
 
@@ -80,10 +77,36 @@ def segments(width: int, group_size: int, activation_groups: int) -> list[tuple[
 
 def row_sums(packed: Tensor, bits: int, width: int, group_size: int, activation_groups: int) -> Tensor:
     """rho: the sum of the codes of each row and segment, `[N, segments]` int32."""
-    codes = weight_codes(packed, bits, width).int()
+    codes = unpack_signed(packed, bits, width).int()
     return torch.stack(
         [codes[:, a:b].sum(dim=1) for a, b, *_ in segments(width, group_size, activation_groups)], dim=1
     ).int()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The low or the high columns of a weight, `start` to `stop`, and how the inputs they meet are rounded."""
+
+    packed: Tensor
+    scale: Tensor
+    sums: Tensor | None
+    bits: int
+    start: int
+    stop: int
+    seen_bits: int
+    clip: float
+
+
+def _parts(
+    width: int, low: Tensor, low_scale: Tensor, low_sums: Tensor | None, high: Tensor | None, high_scale: Tensor | None,
+    high_sums: Tensor | None, bits: int, high_bits: int, high_features: int, group_size: int, activation_bits: int,
+    activation_groups: int, clip: float,
+) -> list[_Part]:  # fmt: skip
+    low_width = width - high_features
+    parts = [_Part(low, low_scale, low_sums, bits, 0, low_width, activation_bits, clip if activation_bits < 8 else 0.0)]
+    if high is not None:
+        parts.append(_Part(high, high_scale, high_sums, high_bits, low_width, width, max(high_bits, activation_bits), 0.0))
+    return parts
 
 
 def _exact_product(x_TK: Tensor, w_NK: Tensor, largest: int) -> Tensor:
@@ -95,27 +118,17 @@ def _exact_product(x_TK: Tensor, w_NK: Tensor, largest: int) -> Tensor:
     return total
 
 
-def _integer_part(
-    x_TK: Tensor,
-    packed: Tensor,
-    scale_NG: Tensor,
-    sums_NG: Tensor,
-    bits: int,
-    activation_bits: int,
-    group_size: int,
-    activation_groups: int,
-    clip: float,
-) -> Tensor:
+def _integer_part(x_TK: Tensor, part: _Part, group_size: int, activation_groups: int) -> Tensor:
     width = x_TK.shape[1]
-    codes, scale, zero = rounded_activation(x_TK, activation_bits, activation_groups, clip)
-    middle = 1 << (activation_bits - 1)  # centred, both factors are small and their products exact for longer
+    codes, scale, zero = rounded_activation(x_TK, part.seen_bits, activation_groups, part.clip)
+    middle = 1 << (part.seen_bits - 1)  # centred, both factors are small and their products exact for longer
     codes, zero = codes - middle, zero - middle
-    weight = weight_codes(packed, bits, width).float()
+    weight = unpack_signed(part.packed, part.bits, width).float()
     y = torch.zeros(len(x_TK), len(weight), dtype=torch.float32, device=x_TK.device)
     for index, (a, b, g, h) in enumerate(segments(width, group_size, activation_groups)):
-        product = _exact_product(codes[:, a:b], weight[:, a:b], middle << (bits - 1))
-        product -= zero[:, h : h + 1].to(torch.int32) * sums_NG[:, index]
-        y += scale[:, h : h + 1] * scale_NG[:, g].float() * product
+        product = _exact_product(codes[:, a:b], weight[:, a:b], middle << (part.bits - 1))
+        product -= zero[:, h : h + 1].to(torch.int32) * part.sums[:, index]
+        y += scale[:, h : h + 1] * part.scale[:, g].float() * product
     return y
 
 
@@ -136,22 +149,15 @@ def mixed_precision_reference(
     clip: float,
 ) -> Tensor:
     """`[..., I]` to `[..., N]` in the dtype of x; arguments as in the layout above, `*_sums` from `row_sums`."""
-    low_width = x.shape[-1] - high_features
+    parts = _parts(
+        x.shape[-1], low, low_scale, low_sums, high, high_scale, high_sums, bits, high_bits, high_features, group_size,
+        activation_bits, activation_groups, clip,
+    )  # fmt: skip
     x_TI = x.reshape(-1, x.shape[-1])
     if activation_bits == 16:
-        weight = dequantize_part(low, low_scale, bits, low_width, group_size)
-        if high is not None:
-            weight = torch.cat([weight, dequantize_part(high, high_scale, high_bits, high_features, group_size)], dim=1)
-        return (x_TI @ weight.to(x.dtype).T).view(*x.shape[:-1], -1)
-    y = _integer_part(
-        x_TI[:, :low_width], low, low_scale, low_sums, bits, activation_bits, group_size, activation_groups,
-        clip if activation_bits < 8 else 0.0,
-    )  # fmt: skip
-    if high is not None:
-        y += _integer_part(
-            x_TI[:, low_width:], high, high_scale, high_sums, high_bits, max(high_bits, activation_bits), group_size,
-            activation_groups, 0.0,
-        )  # fmt: skip
+        weights = [dequantize_part(p.packed, p.scale, p.bits, p.stop - p.start, group_size) for p in parts]
+        return (x_TI @ torch.cat(weights, dim=1).to(x.dtype).T).view(*x.shape[:-1], -1)
+    y = sum(_integer_part(x_TI[:, part.start : part.stop], part, group_size, activation_groups) for part in parts)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
@@ -159,84 +165,60 @@ mixed_precision = torch.library.custom_op("compress::mixed_precision", mixed_pre
 
 
 @mixed_precision.register_kernel("cpu")
-def mixed_precision_cpu(
-    x: Tensor, low: Tensor, low_scale: Tensor, low_sums: Tensor | None, high: Tensor | None, high_scale: Tensor | None,
-    high_sums: Tensor | None, bits: int, high_bits: int, high_features: int, group_size: int, activation_bits: int,
-    activation_groups: int, clip: float,
-) -> Tensor:  # fmt: skip
+def mixed_precision_cpu(x: Tensor, *stored: Any) -> Tensor:
     """Few tokens: codes against codes, without a weight. Many: the weight multiplied out once, in fp32."""
-    low_width = x.shape[-1] - high_features
-    parts = [(low, low_scale, bits, activation_bits, 0, low_width, clip if activation_bits < 8 else 0.0)]
-    if high is not None:
-        parts.append((high, high_scale, high_bits, max(high_bits, activation_bits), low_width, high_features, 0.0))
-    rounds = activation_bits < 16
-    ways = [_segment(width, group_size, activation_groups if rounds else 1) for *_, width, _ in parts]
+    *_, group_size, activation_bits, groups, _ = stored
+    rounds, parts = activation_bits < 16, _parts(x.shape[-1], *stored)
+    ways = [_segment(part.stop - part.start, group_size, groups if rounds else 1) for part in parts]
     if not all(ways):
-        reference_runs(f"no CPU kernel walks groups of {group_size} in {activation_groups} slices")
-    if not all(ways) or not cpu.usable(x) or low_scale.dtype != torch.bfloat16:
-        return mixed_precision_reference(
-            x, low, low_scale, low_sums, high, high_scale, high_sums, bits, high_bits, high_features, group_size,
-            activation_bits, activation_groups, clip,
-        )  # fmt: skip
+        reference_runs(f"no CPU kernel walks groups of {group_size} in {groups} slices")
+    if not all(ways) or not cpu.usable(x) or parts[0].scale.dtype != torch.bfloat16:
+        return mixed_precision_reference(x, *stored)
     x_TI, y = x.reshape(-1, x.shape[-1]).float(), None
+    inputs = [x_TI[:, part.start : part.stop] for part in parts]
     if len(x_TI) > cpu.MOST_TOKENS:
-        weight = torch.empty(len(low), x.shape[-1])
-        for packed, scale, width_bits, _, start, width, _ in parts:
-            cpu.expanded(packed, scale, width_bits, group_size, weight[:, start : start + width])
+        weight = torch.empty(len(parts[0].packed), x.shape[-1])
+        for part in parts:
+            cpu.expanded(part.packed, part.scale, part.bits, group_size, weight[:, part.start : part.stop])
         if rounds:
-            seen = [
-                round_activation(x_TI[:, start : start + width], seen_bits, activation_groups, cut)
-                for _, _, _, seen_bits, start, width, cut in parts
-            ]
+            seen = [round_activation(i, p.seen_bits, groups, p.clip) for p, i in zip(parts, inputs, strict=True)]
             x_TI = torch.cat(seen, dim=1)
         return (x_TI @ weight.T).to(x.dtype).view(*x.shape[:-1], -1)
-    for (packed, scale, width_bits, seen_bits, start, width, cut), segment in zip(parts, ways, strict=True):
-        part, input_scale = x_TI[:, start : start + width], None
+    for part, codes, segment in zip(parts, inputs, ways, strict=True):
+        scale = None
         if rounds:
-            codes, input_scale, zero = rounded_activation(part, seen_bits, activation_groups, cut)
-            part = (codes.unflatten(-1, (activation_groups, -1)) - zero[..., None]).flatten(-2)
-            input_scale = (
-                input_scale.repeat_interleave(width // activation_groups // segment, dim=1)
-                if (activation_groups > 1)
-                else input_scale.expand(-1, -(-width // segment))
-            )
-        inputs = cpu.arranged(part, segment, width_bits, input_scale)
-        y = cpu.integer_product(inputs, segment, packed, scale, width_bits, group_size, add_to=y)
+            codes, scale, zero = rounded_activation(codes, part.seen_bits, groups, part.clip)
+            codes = (codes.unflatten(-1, (groups, -1)) - zero[..., None]).flatten(-2)
+            if groups == 1:  # one scale for all segments; else a segment is a slice, with a scale of its own
+                scale = scale.expand(-1, -(-codes.shape[1] // segment))
+        arranged = cpu.arranged(codes, segment, part.bits, scale)
+        y = cpu.integer_product(arranged, segment, part.packed, part.scale, part.bits, group_size, add_to=y)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 @mixed_precision.register_kernel("cuda")
-def mixed_precision_cuda(
-    x: Tensor, low: Tensor, low_scale: Tensor, low_sums: Tensor | None, high: Tensor | None, high_scale: Tensor | None,
-    high_sums: Tensor | None, bits: int, high_bits: int, high_features: int, group_size: int, activation_bits: int,
-    activation_groups: int, clip: float,
-) -> Tensor:  # fmt: skip
+def mixed_precision_cuda(x: Tensor, *stored: Any) -> Tensor:
     """Few tokens: the Triton kernel on packed codes. Many: the weight expanded once, cuBLAS; inputs that are rounded take
     the exact reference then."""
-    low_width, rounds = x.shape[-1] - high_features, activation_bits < 16
+    *_, group_size, activation_bits, groups, _ = stored
+    rounds, parts = activation_bits < 16, _parts(x.shape[-1], *stored)
     x_TI = x.reshape(-1, x.shape[-1])
-    few = len(x_TI) <= gpu.MOST_TOKENS
-    whole = group_size % 8 == 0
+    few, whole = len(x_TI) <= gpu.MOST_TOKENS, group_size % 8 == 0
     if not whole:
         reference_runs(f"no GPU kernel walks groups of {group_size}; multiples of 8 have one")
     if not whole or not gpu.usable(x) or (rounds and not few):
-        return mixed_precision_reference(
-            x, low, low_scale, low_sums, high, high_scale, high_sums, bits, high_bits, high_features, group_size,
-            activation_bits, activation_groups, clip,
-        )  # fmt: skip
-    parts = [(low, low_scale, bits, activation_bits, x_TI[:, :low_width], clip if activation_bits < 8 else 0.0)]
-    if high is not None:
-        parts.append((high, high_scale, high_bits, max(high_bits, activation_bits), x_TI[:, low_width:], 0.0))
+        return mixed_precision_reference(x, *stored)
     if not few:
-        weight = torch.empty(len(low), x.shape[-1], dtype=x.dtype, device=x.device)
-        sides = (weight[:, :low_width], weight[:, low_width:])
-        for (packed, scale, width, *_), side in zip(parts, sides, strict=False):
-            gpu.expanded(packed, scale, width, group_size, side)
+        weight = torch.empty(len(parts[0].packed), x.shape[-1], dtype=x.dtype, device=x.device)
+        for part in parts:
+            gpu.expanded(part.packed, part.scale, part.bits, group_size, weight[:, part.start : part.stop])
         return (x_TI @ weight.T).view(*x.shape[:-1], -1)
     y = None
-    for packed, scale, width, seen_bits, part, cut in parts:
-        seen = round_activation(part, seen_bits, activation_groups, cut) if rounds else part
-        y = gpu.integer_product(seen, packed, scale, width, group_size, y)
+    for part in parts:
+        seen = x_TI[:, part.start : part.stop]
+        if rounds:
+            seen = round_activation(seen, part.seen_bits, groups, part.clip)
+        y = gpu.integer_product(seen, part.packed, part.scale, part.bits, group_size, add_to=y)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
@@ -249,8 +231,5 @@ def _segment(width: int, group_size: int, slices: int) -> int:
 
 
 @mixed_precision.register_fake
-def _(
-    x, low, low_scale, low_sums, high, high_scale, high_sums, bits, high_bits, high_features, group_size,
-    activation_bits, activation_groups, clip,
-):  # fmt: skip
+def _(x: Tensor, low: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], low.shape[0])

@@ -53,6 +53,11 @@ def pack_signed(codes: Tensor, bits: int) -> Tensor:
     return pack((codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8), bits)
 
 
+def unpack_signed(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Bytes back to signed codes `[..., count]` int8."""
+    return (unpack(packed, bits, count).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
 def holds_more(packed: Tensor, bits: int, count: int) -> bool:
     """Whether any row has a bit set behind its `count` codes."""
     unused = packed_width(count, bits) * 8 - count * bits

@@ -19,12 +19,14 @@ Accumulation and output are in the dtype of x.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from compress.kernels import cpu, gpu
 from compress.kernels.notice import reference_runs
-from compress.kernels.pack import unpack
+from compress.kernels.pack import unpack_signed
 
 _BITS = tuple(1 << bit for bit in range(8))
 
@@ -56,7 +58,7 @@ def stored_codes(
     """The codes `[N, units + learned]` that packed tensors stand for: fp32, or as stored when they were not rounded."""
     if scale is None:
         return expand_codes(values, mask, units + learned)
-    codes = unpack(values, bits, nonzeros).float() - (1 << (bits - 1))
+    codes = unpack_signed(values, bits, nonzeros).float()
     widths = [min(group or part, part - at) for part in (units, learned) for at in range(0, part, group or part or 1)]
     per_atom = scale.float().repeat_interleave(torch.tensor(widths, device=scale.device), dim=1)
     return expand_codes(codes, mask, units + learned) * per_atom
@@ -66,7 +68,7 @@ def stored_dictionary(dictionary: Tensor, scale: Tensor | None, learned: int, bi
     """The learned atoms `[I, K]`: fp32, or as stored when they were not rounded."""
     if scale is None:
         return dictionary
-    return (unpack(dictionary, bits, learned).float() - (1 << (bits - 1))) * scale.float()
+    return unpack_signed(dictionary, bits, learned).float() * scale.float()
 
 
 def sparse_dictionary_reference(
@@ -97,109 +99,65 @@ sparse_dictionary = torch.library.custom_op("compress::sparse_dictionary", spars
 
 
 @sparse_dictionary.register_kernel("cpu")
-def sparse_dictionary_cpu(
-    x: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scale: Tensor | None,
-    dictionary: Tensor | None,
-    dictionary_scale: Tensor | None,
-    unit_atoms: bool,
-    learned_atoms: int,
-    nonzeros: int,
-    value_bits: int,
-    group_size: int,
-    dictionary_bits: int,
-) -> Tensor:
+def sparse_dictionary_cpu(x: Tensor, *stored: Any) -> Tensor:
     """Few tokens: each row's nonzeros meet the inputs where the mask says. Many: codes expanded once, products in fp32."""
-    x_MI = x.reshape(-1, x.shape[-1]).float()
-    units, few = x.shape[-1] if unit_atoms else 0, len(x_MI) <= cpu.MOST_TOKENS
-    stored = torch.uint8 if value_bits < 16 else torch.bfloat16
-    runs_here = values.dtype == stored and cpu.usable(x)
-    if value_bits < 16:
-        runs_here &= group_size % 8 == 0 and (learned_atoms == 0 or units % 8 == 0) and scale.dtype == torch.bfloat16
-        runs_here &= mask is not None or units == 0 or learned_atoms == 0
+    values, mask, scale, _, _, unit_atoms, learned, _, bits, group, _ = stored
+    units = x.shape[-1] if unit_atoms else 0
+    runs_here = values.dtype == (torch.uint8 if bits < 16 else torch.bfloat16) and cpu.usable(x)
+    if bits < 16:
+        runs_here &= group % 8 == 0 and (learned == 0 or units % 8 == 0) and scale.dtype == torch.bfloat16
+        runs_here &= mask is not None or units == 0 or learned == 0
     if not runs_here:
-        return sparse_dictionary_reference(
-            x, values, mask, scale, dictionary, dictionary_scale, unit_atoms, learned_atoms, nonzeros, value_bits,
-            group_size, dictionary_bits,
-        )  # fmt: skip
-    inputs = [x_MI] if unit_atoms else []
-    if dictionary is not None:
-        inputs.append(x_MI @ stored_dictionary(dictionary, dictionary_scale, learned_atoms, dictionary_bits).float())
-    u_MA = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
-    if mask is None and value_bits == 16:
+        return sparse_dictionary_reference(x, *stored)
+    u_MA = _coded(x.reshape(-1, x.shape[-1]).float(), *stored)
+    few = len(u_MA) <= cpu.MOST_TOKENS
+    if mask is not None and few:
+        y = cpu.sparse_product(u_MA, values, scale, mask, units, bits, group)
+    elif mask is not None:
+        y = u_MA @ cpu.expanded_sparse(values, scale, mask, units, learned, bits, group).T
+    elif bits == 16:
         y = u_MA @ values.float().T
-    elif mask is None and few:
-        arranged = cpu.arranged(u_MA, group_size or u_MA.shape[1], value_bits)
-        y = cpu.integer_product(arranged, group_size or u_MA.shape[1], values, scale, value_bits, group_size)
-    elif mask is None:
-        codes = torch.empty(len(values), u_MA.shape[1])
-        cpu.expanded(values, scale, value_bits, group_size, codes)
-        y = u_MA @ codes.T
-    elif not few:
-        y = u_MA @ cpu.expanded_sparse(values, scale, mask, units, learned_atoms, value_bits, group_size).T
-    elif value_bits == 16:
-        y = cpu.sparse_product(u_MA, values, mask)
+    elif few:
+        segment = group or u_MA.shape[1]
+        y = cpu.integer_product(cpu.arranged(u_MA, segment, bits), segment, values, scale, bits, group)
     else:
-        y = cpu.sparse_integer_product(u_MA, values, scale, mask, units, value_bits, group_size)
+        codes = torch.empty(len(values), u_MA.shape[1])
+        cpu.expanded(values, scale, bits, group, codes)
+        y = u_MA @ codes.T
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 @sparse_dictionary.register_kernel("cuda")
-def sparse_dictionary_cuda(
-    x: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scale: Tensor | None,
-    dictionary: Tensor | None,
-    dictionary_scale: Tensor | None,
-    unit_atoms: bool,
-    learned_atoms: int,
-    nonzeros: int,
-    value_bits: int,
-    group_size: int,
-    dictionary_bits: int,
-) -> Tensor:
+def sparse_dictionary_cuda(x: Tensor, *stored: Any) -> Tensor:
     """Few tokens: the Triton kernels on packed codes. Many: codes expanded once, cuBLAS."""
-    x_MI = x.reshape(-1, x.shape[-1])
-    units = x.shape[-1] if unit_atoms else 0
-    whole = value_bits == 16 or (group_size % 8 == 0 and (learned_atoms == 0 or units % 8 == 0))
-    parts_apart = value_bits < 16 and units > 0 and learned_atoms > 0  # two groups: one walk must know where they part
-    whole &= not parts_apart or (mask is not None and group_size > 0)
+    values, mask, scale, _, _, unit_atoms, learned, _, bits, group, _ = stored
+    x_MI, units = x.reshape(-1, x.shape[-1]), x.shape[-1] if unit_atoms else 0
+    whole = bits == 16 or (group % 8 == 0 and (learned == 0 or units % 8 == 0))
+    parts_apart = bits < 16 and units > 0 and learned > 0  # two groups: one walk must know where they part
+    whole &= not parts_apart or (mask is not None and group > 0)
     if not whole:
-        reference_runs(f"no GPU kernel walks groups of {group_size} over {units} + {learned_atoms} atoms")
+        reference_runs(f"no GPU kernel walks groups of {group} over {units} + {learned} atoms")
     if not whole or len(x_MI) > gpu.MOST_TOKENS or not gpu.usable(x):
-        return sparse_dictionary_reference(
-            x, values, mask, scale, dictionary, dictionary_scale, unit_atoms, learned_atoms, nonzeros, value_bits,
-            group_size, dictionary_bits,
-        )  # fmt: skip
-    inputs = [x_MI] if unit_atoms else []
-    if dictionary is not None:
-        inputs.append(x_MI @ stored_dictionary(dictionary, dictionary_scale, learned_atoms, dictionary_bits).to(x.dtype))
-    u_MA = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
+        return sparse_dictionary_reference(x, *stored)
+    u_MA = _coded(x_MI, *stored)
     if mask is not None:
-        y = gpu.sparse_product(u_MA, values, scale, mask, units, value_bits, group_size)
-    elif value_bits == 16:
+        y = gpu.sparse_product(u_MA, values, scale, mask, units, bits, group)
+    elif bits == 16:
         y = u_MA @ values.to(x.dtype).T
     else:
-        y = gpu.integer_product(u_MA, values, scale, value_bits, group_size, None)
+        y = gpu.integer_product(u_MA, values, scale, bits, group)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
+def _coded(x_MI: Tensor, *stored: Any) -> Tensor:
+    """What the codes multiply, `[M, A]`: the inputs, their products with the learned atoms, or both side by side."""
+    _, _, _, dictionary, dictionary_scale, unit_atoms, learned, *_, dictionary_bits = stored
+    if dictionary is None:
+        return x_MI
+    z_MK = x_MI @ stored_dictionary(dictionary, dictionary_scale, learned, dictionary_bits).to(x_MI.dtype)
+    return torch.cat([x_MI, z_MK], dim=1) if unit_atoms else z_MK
+
+
 @sparse_dictionary.register_fake
-def _(
-    x: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scale: Tensor | None,
-    dictionary: Tensor | None,
-    dictionary_scale: Tensor | None,
-    unit_atoms: bool,
-    learned_atoms: int,
-    nonzeros: int,
-    value_bits: int,
-    group_size: int,
-    dictionary_bits: int,
-) -> Tensor:
+def _(x: Tensor, values: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])

@@ -186,18 +186,16 @@ def test_impossible_targets(options: dict, message: str, tiny: Path, tmp_path: P
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_weighting_lowers_what_the_output_minds(tiny: Path, tmp_path: Path) -> None:
-    """Errors weighted by sensitivity against plain ones, on the matrices themselves."""
-    prices = {}
+def test_weighting_asks_for_sensitivities_and_changes_the_atoms(tiny: Path, tmp_path: Path) -> None:
+    outputs = {}
     for weighting in ("none", "fisher"):
         out = tmp_path / weighting
         options = {"weighting": weighting, "ratio": 0.5, "iterations": 6, "refits": 12}
         run(tiny, Recipe.from_dict(tiny_recipe(**options)), out)
         specs = compressed_matrices(AutoModelForCausalLM.from_pretrained(out))
         assert len(specs) == 21 and (out / "allocation.json").exists() == (weighting == "fisher")
-        prices[weighting] = out
-    first = (prices["none"] / "model.safetensors").read_bytes()
-    assert first != (prices["fisher"] / "model.safetensors").read_bytes()
+        outputs[weighting] = (out / "model.safetensors").read_bytes()
+    assert outputs["none"] != outputs["fisher"]
 
 
 def test_weighted_atoms_serve_the_neurons_that_count() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from compress.linalg import largest_per_row, leading_directions, polar, whitening
-from compress.solvers import ksvd, orthogonal, pursuit, union
+from compress.quantizer import dequantize, groups_of
+from compress.solvers import gptq, ksvd, orthogonal, pursuit, union
 
 
 def problem(inputs: int = 48, outputs: int = 80) -> torch.Tensor:
@@ -121,6 +122,17 @@ def test_all_atoms_is_the_weight() -> None:
     weight, gram = pruning_problem()
     codes, mask = pursuit.solve(gram, weight @ gram, weight, 64)
     assert mask.all() and torch.allclose(codes, weight, atol=1e-8)
+
+
+def test_gptq_keeps_to_a_support_and_its_sweeps_lower_the_error() -> None:
+    weight, gram = pruning_problem()
+    codes, mask = pursuit.solve(gram, weight @ gram, weight, 32)
+    groups, errors = groups_of(64, 3, 0), []
+    for sweeps in (0, 2):
+        integers, scales = gptq.solve(codes.float(), gram, groups, sweeps=sweeps, mask_NI=mask)
+        assert integers[~mask].eq(0).all()
+        errors.append(output_error(weight, dequantize(integers, scales, groups).double(), gram))
+    assert errors[1] < errors[0]
 
 
 def test_union_finds_what_unit_vectors_miss() -> None:

@@ -96,7 +96,7 @@ def test_sparse_dictionary(shape: tuple, bits: int, tokens: int) -> None:
 
 
 def test_without_a_compiler_the_reference_runs_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu.library.cache_clear()
+    cpu.compiled.cache_clear()
     monkeypatch.setattr(shutil, "which", lambda name: None)
     low, low_scale = packed_case(8, 32, 4, 0)
     arguments = (low, low_scale, None, None, None, None, 4, 8, 0, 0, 16, 1, 0.0)
@@ -109,5 +109,5 @@ def test_without_a_compiler_the_reference_runs_and_says_so_once(monkeypatch: pyt
             assert torch.equal(got, mixed_precision(x, *arguments))
     finally:
         monkeypatch.undo()
-        cpu.library.cache_clear()
+        cpu.compiled.cache_clear()
     assert torch.equal(got, mixed_precision_reference(x, *arguments))
