@@ -1,9 +1,12 @@
-"""Perplexity and divergence by decoding: the first half of a window is the prompt, the rest comes token by token.
+"""Perplexity and divergence by decoding: the first half of a window is the prompt, the rest comes as in generation.
 
 For KV caches that keep their newest tokens exact and round them later: in one forward pass such a cache would be read
-either not at all or without its window. Windows are decoded side by side, the original in step with the model, so logits
-of one token per window are held at a time. A prompt is read exactly, so its tokens tell nothing and are not counted.
-Cost: length / 2 forward passes of one token per batch of `_BATCH` windows and model.
+either not at all or without its window. Windows are decoded side by side, the original in step with the model. A prompt is
+read exactly, so its tokens tell nothing and are not counted.
+
+Tokens between two roundings meet the same packed states and exact neighbours whether they come one by one or together. So
+`KVCache.alike()` of them are fed at once, about a group; figures are those of single steps to floating-point rounding.
+Cost: length / 2 tokens per window and model in calls of up to a group; logits of one call of a batch are held at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from transformers import DynamicCache
 from compress.cache.attached import CACHE_ARGUMENT, new_cache
 
 _BATCH = 16  # windows side by side
+_LOGITS = 1 << 26  # numbers: bounds the logits of one call
 
 
 def prompt_length(length: int) -> int:
@@ -53,19 +57,22 @@ def _decode(model: nn.Module, cache: Any, ids: Tensor, original: nn.Module | Non
     sums: dict[str, Tensor] = {}
 
     def add(name: str, values: Tensor) -> None:
-        sums[name] = sums.get(name, 0) + values.double().cpu()
+        sums[name] = sums.get(name, 0) + values.double().sum(dim=1).cpu()
 
-    fed, first = ids[:, : prompt_length(ids.shape[1])], prompt_length(ids.shape[1])
-    for position in range(first, ids.shape[1]):
-        target, seen = ids[:, position : position + 1], {}
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    most = max(1, _LOGITS // (len(ids) * vocabulary))
+    start, stop = 0, prompt_length(ids.shape[1])  # what is fed
+    while start < ids.shape[1] - 1:
+        count = 1 if start == 0 else stop - start  # of the prompt's tokens only the last one predicts
+        targets, seen = ids[:, stop - count + 1 : stop + 1, None], {}
         for name, (side, own) in sides.items():
-            device = next(side.parameters()).device
-            logits = side(fed.to(device), **{CACHE_ARGUMENT: own}, use_cache=True, logits_to_keep=1).logits[:, -1]
+            fed = ids[:, start:stop].to(next(side.parameters()).device)
+            logits = side(fed, **{CACHE_ARGUMENT: own}, use_cache=True, logits_to_keep=count).logits
             seen[name] = torch.log_softmax(logits.float(), dim=-1)
-            add(name, -seen[name].gather(1, target.to(device)).squeeze(1))
+            add(name, -seen[name].gather(2, targets.to(logits.device)).squeeze(2))
         if original is not None:
             ours, theirs = seen["nll"], seen["original"].to(seen["nll"].device)
-            add("kl", (theirs.exp() * (theirs - ours)).sum(dim=1))
-            add("agreement", theirs.argmax(1) == ours.argmax(1))
-        fed = target
+            add("kl", (theirs.exp() * (theirs - ours)).sum(dim=2))
+            add("agreement", theirs.argmax(2) == ours.argmax(2))
+        start, stop = stop, min(ids.shape[1] - 1, stop + min(most, cache.alike()))
     return sums

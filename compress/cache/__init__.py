@@ -94,11 +94,10 @@ class KVCache(Cache):
             for index, (layer_type, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True))
         ]
         super().__init__(layers=layers, offloading=offloading)
-        if packed.takes_metric and isinstance(model_or_config, nn.Module):
+        if not packed.reads_in_one_pass and isinstance(model_or_config, nn.Module):
             show_queries(model_or_config)
-            for layer in self.layers:
-                if isinstance(layer, PackedLayer):
-                    layer.watched = layer.given is None
+            for layer in self.packed:
+                layer.watched = True
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -106,9 +105,18 @@ class KVCache(Cache):
         return {"method": self.method, **self.options.model_dump()}
 
     @property
+    def packed(self) -> list[PackedLayer]:
+        """The layers that are not transformers' own."""
+        return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
+
+    @property
     def reads_in_one_pass(self) -> bool:
         """Whether one forward pass over a text sees the keys and values that decoding it token by token would see."""
-        return all(layer.reads_in_one_pass for layer in self.layers if isinstance(layer, PackedLayer))
+        return all(layer.reads_in_one_pass for layer in self.packed)
+
+    def alike(self) -> int:
+        """How many tokens may come in one call so that each is answered as if they came one by one."""
+        return min(layer.alike() for layer in self.packed)
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +126,7 @@ class KVCache(Cache):
     @property
     def reserved_nbytes(self) -> int:
         """Bytes that packed layers allocated for tokens to come."""
-        return sum(layer.reserved_nbytes for layer in self.layers if isinstance(layer, PackedLayer))
+        return sum(layer.reserved_nbytes for layer in self.packed)
 
     @property
     def bits_per_element(self) -> float:

@@ -11,7 +11,8 @@ This is GPTQ with the queries' moment as the Hessian. strength 0 makes every G_t
 Where we differ from the released code: one Cholesky solve per block instead of an SVD, an explicit inverse and a Schur
 recursion (the same numbers); the strength is relative to the mean diagonal of C, so it does not grow with the prompt;
 channels are visited from the most to the least queried one, so that those that cannot be corrected any more matter least;
-a cap on the entries of G keeps corrected channels in their range.
+a cap on the entries of G keeps corrected channels in their range. The released form is a setting of this one: `rank`,
+`natural_order`, and a strength from its own lambda.
 Cost: d^3 / 3 per block once, then one [n, g] x [g, f] product per block and group of tokens.
 
 Legend: B batch, H KV heads, N groups of tokens, G tokens of a group, D channels of a head.
@@ -22,19 +23,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.cache.quantizer import dequantize, quantize_tokens
+from compress.cache.quantizer import Grid, quantize
 
 
-def visiting_order(metric_HDD: Tensor) -> Tensor:
-    """Channels `[..., D]` from the largest to the smallest diagonal entry of the metric."""
-    return metric_HDD.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+def visiting_order(metric_HDD: Tensor, *, natural: bool = False) -> Tensor:
+    """Channels `[..., D]` from the largest to the smallest diagonal entry of the metric, or as they come."""
+    diagonal = metric_HDD.diagonal(dim1=-2, dim2=-1)
+    if natural:
+        return torch.arange(diagonal.shape[-1], device=diagonal.device).expand(diagonal.shape)
+    return diagonal.argsort(dim=-1, descending=True, stable=True)
 
 
-def corrections(metric_HDD: Tensor, block: int, strength: float, cap: float = 1.0) -> list[Tensor]:
-    """G_t of every block but the last, `[..., D - (t + 1) block, block]` fp32, for channels in visiting order.
+def leading(metric_HDD: Tensor, rank: int) -> Tensor:
+    """The part of a metric in its `rank` largest eigenvectors, fp64."""
+    values, vectors = torch.linalg.eigh(metric_HDD.double())
+    kept = vectors[..., -rank:]
+    return kept * values[..., None, -rank:] @ kept.mT
+
+
+def corrections(metric_HDD: Tensor, order: Tensor, block: int, cap: float = 1.0) -> list[Tensor]:
+    """G_t of every block but the last, `[..., D - (t + 1) block, block]` fp32, for channels in `order`.
 
     Args:
-        metric_HDD: second moment of the queries, any positive scale; a zero one corrects nothing.
+        metric_HDD: what is added to the identity: the second moment of the queries times its strength.
         cap: largest absolute entry of a G_t; a matrix above it is scaled down as a whole.
     Raises:
         ValueError: the metric is not finite.
@@ -43,9 +54,7 @@ def corrections(metric_HDD: Tensor, block: int, strength: float, cap: float = 1.
     if not torch.isfinite(metric).all():
         raise ValueError("the second moment of the queries holds NaN or infinite values")
     width = metric.shape[-1]
-    scale = metric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None].clamp_min(torch.finfo(torch.float64).tiny)
-    full = torch.eye(width, dtype=torch.float64, device=metric.device) + strength * metric / scale
-    order = visiting_order(metric_HDD)
+    full = torch.eye(width, dtype=torch.float64, device=metric.device) + metric
     full = full.gather(-2, order[..., :, None].expand_as(full)).gather(-1, order[..., None, :].expand_as(full))
     result = []
     for start in range(0, width - block, block):
@@ -57,14 +66,14 @@ def corrections(metric_HDD: Tensor, block: int, strength: float, cap: float = 1.
 
 
 def quantize_groups(
-    x_BHNGD: Tensor, bits: int, dtype: torch.dtype, block: int, moves: list[Tensor]
+    x_BHNGD: Tensor, bits: int, grid: Grid, block: int, moves: list[Tensor], fit: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round keys per channel and group of tokens; channels are in visiting order.
 
     Args:
         moves: of `corrections`, `[B, H, f, g]` or `[H, f, g]`; an empty list rounds all channels as they are.
     Returns:
-        codes uint8 `[B, H, N, G, D]`, scale and minimum `[B, H, N, D]` in `dtype`.
+        codes uint8 `[B, H, N, G, D]`, scale and minimum `[B, H, N, D]` as the grid stores them.
     """
     x = x_BHNGD.float().clone()
     width = x.shape[-1]
@@ -72,11 +81,11 @@ def quantize_groups(
     codes, scales, minima = [], [], []
     for index, start in enumerate(range(0, width, step)):
         part = x[..., start : start + step]
-        code, scale, minimum = quantize_tokens(part.mT, bits, dtype)  # one row per channel, the group's tokens in it
-        codes.append(code.mT)
-        scales.append(scale.squeeze(-1))
-        minima.append(minimum.squeeze(-1))
+        rounded = quantize(part.mT, bits, grid, fit)  # one row per channel, the group's tokens in it
+        codes.append(rounded.codes.mT)
+        scales.append(rounded.scale.squeeze(-1))
+        minima.append(rounded.minimum.squeeze(-1))
         if index < len(moves):
-            error = dequantize(code, scale, minimum).mT - part
+            error = rounded.values.mT - part
             x[..., start + step :] += error @ moves[index].mT[..., None, :, :]
     return torch.cat(codes, dim=-1), torch.cat(scales, dim=-1), torch.cat(minima, dim=-1)

@@ -8,23 +8,26 @@ the window when at least `window` tokens stay behind.
 Where we differ: groups are counted from the first token behind the sinks and a group is rounded once, so a prompt in one
 pass, in chunks or token by token gives the same bytes; the published window empties when it is full, this one never does.
 A crop into a rounded group keeps the whole groups and takes the rest of that group back into the window as it reads.
-Layout: one row per group, the codes `[group_size, head_dim]` packed token after token; one row of 2 head_dim scales and
-minima. Bits per element: b + 32 / group_size, plus the window.
+In a left-padded batch every row counts from its own first token, which the mask of the first attention shows
+(`compress.cache.queries`); rows with the same padding share a `GroupStore`, which has the layout. A cache that was made from
+a config sees no mask and takes padding for tokens.
+Bits per element: b + affine_bits (1 / group_size + 1 / value_group_size) on average, plus the window.
 Cost: O(new tokens) amortised to write; reading multiplies out the whole cache of one layer.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from compress.cache.buffer import GrowingRows
-from compress.cache.compensation import quantize_groups
+from compress.cache.groups import GroupStore
 from compress.cache.layer import CacheConfig, PackedLayer
-from compress.cache.quantizer import Part, decode, dequantize, encode
+from compress.cache.queries import expect_queries
 from compress.errors import CompressError
-from compress.kernels.pack import pack, packed_width, unpack
 
 
 class Config(CacheConfig):
@@ -33,6 +36,8 @@ class Config(CacheConfig):
     value_bits: int | None = Field(None, ge=2, le=8, description="bits of values where they differ from `bits`")
     group_size: int = Field(32, ge=8, description="tokens that share a scale in every channel of the keys")
     value_group_size: int = Field(32, ge=8, description="channels that share a scale in every token of the values")
+    affine_bits: Literal[8, 16] = Field(16, description="bits of a scale and of a minimum")
+    fit: int = Field(0, ge=0, le=64, description="shrunken ranges tried for every scale; 0: the extremes decide")
     window: int = Field(32, ge=0, description="newest tokens kept as they came, at least")
     sink_tokens: int = Field(4, ge=0, description="tokens at the start kept as they came")
     exact_prefill: bool = Field(True, description="the call that fills an empty cache attends to its exact states")
@@ -46,7 +51,7 @@ class Config(CacheConfig):
 
 
 class Layer(PackedLayer):
-    """One attention layer."""
+    """One attention layer: a store for every amount of padding in the batch."""
 
     config: Config
     reads_in_one_pass = False  # a token meets its neighbours exact, and rounded only once they are old
@@ -55,116 +60,120 @@ class Layer(PackedLayer):
         if key_basis is not None or value_basis is not None:
             raise CompressError("KV cache: kivi and squat take no bases; their keys are rounded channel by channel")
         super().__init__(config)
-        self.key_bits, self.value_bits = config.key_bits or config.bits, config.value_bits or config.bits
-        self._buffers: list[GrowingRows] = []
+        self.stores: list[GroupStore] = []
 
-    # Exact rows hold the sinks and then the window; what is packed lies between them.
+    def new_store(self, rows: Tensor, key_states: Tensor, value_states: Tensor) -> GroupStore:
+        """An empty store for `rows` of the batch, with room for states like these."""
+        return GroupStore(self.config, rows, key_states, value_states)
+
     def allocate(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, heads, _, self.head_dim = key_states.shape
-        self.value_dim = value_states.shape[-1]
-        size = self.config.value_group_size
-        if self.value_dim % size and self.value_dim > size:
-            raise CompressError(f"value_group_size {size} does not divide the head_dim of {self.value_dim}")
-        size = min(size, self.value_dim)
-        step = packed_width(size, self.value_bits)
-        self.value_parts = [
-            Part(index * size, (index + 1) * size, self.value_bits, index * step, (index + 1) * step)
-            for index in range(self.value_dim // size)
-        ]
-        half = key_states.dtype if key_states.dtype.itemsize == 2 else torch.bfloat16
-        groups = max(0, self.config.capacity - self.config.sink_tokens) // self.config.group_size
-        key_bytes = packed_width(self.config.group_size * self.head_dim, self.key_bits)
-
-        def rows(width: int, dtype: torch.dtype, capacity: int) -> GrowingRows:
-            return GrowingRows(batch, heads, width, dtype, key_states.device, capacity)
-
-        exact = self.config.sink_tokens + self.config.window + self.config.group_size
-        self.exact_keys, self.exact_values = (
-            rows(states.shape[-1], states.dtype, exact) for states in (key_states, value_states)
-        )
-        self.key_codes, self.key_affine = rows(key_bytes, torch.uint8, groups), rows(2 * self.head_dim, half, groups)
-        packed_tokens = groups * self.config.group_size
-        self.value_codes = rows(self.value_parts[-1].last_byte, torch.uint8, packed_tokens)
-        self.value_affine = rows(2 * len(self.value_parts), half, packed_tokens)
-        self._buffers = [
-            self.exact_keys, self.exact_values, self.key_codes, self.key_affine, self.value_codes, self.value_affine,
-        ]  # fmt: skip
+        self.stores = [self.new_store(torch.arange(key_states.shape[0]), key_states, value_states)]
+        self._shape = (*key_states.shape[:2], key_states.shape[3])
 
     def buffers(self) -> list[GrowingRows]:
-        return self._buffers
+        return [buffer for store in self.stores for buffer in store.buffers()]
 
     def append(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.exact_keys.require_fit(key_states)
-        self.exact_keys.append(key_states)
-        self.exact_values.append(value_states)
-        self.flush()
+        batch, heads, _, width = key_states.shape
+        if (batch, heads, width) != self._shape:
+            expected = f"[{self._shape[0]}, {self._shape[1]}, new tokens, {self._shape[2]}]"
+            raise ValueError(f"the cache holds states {expected}, got {list(key_states.shape)}; reset it, or make a new one")
+        for store in self.stores:
+            if store.waiting:  # the last call's queries never came
+                store.flush()
+            store.waiting = self.watched and store.curious
+            whole = len(store.rows) == batch
+            store.append(*(states if whole else states[store.rows] for states in (key_states, value_states)))
+            if not store.waiting:
+                store.flush()
+        if any(store.waiting for store in self.stores):
+            expect_queries(self)
 
-    def flush(self) -> None:
-        """Pack the oldest whole groups of the window."""
-        config = self.config
-        groups = (self.exact_keys.length - config.sink_tokens - config.window) // config.group_size
-        if groups <= 0:
-            return
-        start, count = config.sink_tokens, groups * config.group_size
-        keys = self.exact_keys.rows()[:, :, start : start + count].unflatten(2, (groups, config.group_size))
-        codes, scale, minimum = self.round_keys(keys)
-        self.key_codes.append(pack(codes.flatten(-2), self.key_bits))
-        self.key_affine.append(torch.cat([scale, minimum], dim=-1))
-        packed, affine = encode(
-            self.exact_values.rows()[:, :, start : start + count], self.value_parts, self.value_affine.data.dtype
-        )
-        self.value_codes.append(packed)
-        self.value_affine.append(affine)
-        for rows in (self.exact_keys, self.exact_values):
-            rows.remove(start, count)
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def see(self, query: Tensor, valid: Tensor | None) -> None:
+        """The queries `[batch, heads, new tokens, head_dim]` of the call that came last.
 
-    def round_keys(self, keys_BHNGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scales and minima of whole groups; see `quantize_groups`."""
-        return quantize_groups(keys_BHNGD, self.key_bits, self.key_affine.data.dtype, self.head_dim, [])
+        `valid` `[batch, tokens]` is false for the tokens of the cache that the newest query may not read. Groups that waited
+        for it are packed.
+        """
+        queries = query.detach().float().unflatten(1, (self._shape[1], -1))  # those of a KV head follow each other
+        if valid is not None and not valid.all():
+            valid = valid.cpu().expand(self._shape[0], -1)
+            self._set_padding(valid)
+            recent = valid[:, -query.shape[2] :]
+            queries = queries * recent[:, None, None, :, None].to(queries.device)
+            for store in self.stores:
+                store.hide(recent[store.rows].to(query.device))
+        for store in self.stores:
+            if store.waiting:
+                store.waiting = False
+                store.observe(queries[store.rows])
+                store.flush()
+
+    def _set_padding(self, valid: Tensor) -> None:
+        """Give rows with different amounts of padding stores of their own."""
+        padding = (valid.cumsum(dim=1) == 0).sum(dim=1)
+        stores = []
+        for store in self.stores:
+            if store.settled:
+                stores.append(store)
+                continue
+            for amount in padding[store.rows].unique().tolist():
+                part = self._rows_of(store, torch.nonzero(padding[store.rows] == amount).flatten())
+                part.drop_padding(amount - part.padding)
+                stores.append(part)
+        self.stores = stores
+
+    def _rows_of(self, store: GroupStore, local: Tensor) -> GroupStore:
+        """A copy of some rows of a store; `local` counts within it."""
+        part = store.fork()
+        part.rows = store.rows[local]
+        part.select(local)
+        return part
+
+    def alike(self) -> int:
+        """How many tokens may come in one call so that each is answered as if they came one by one."""
+        return min(store.alike() for store in self.stores) if self.stores else 1
 
     def read(self) -> tuple[Tensor, Tensor]:
-        return self._joined(self.exact_keys, self.packed_keys()), self._joined(self.exact_values, self._packed_values())
-
-    def packed_keys(self) -> Tensor:
-        """Packed keys `[batch, heads, tokens, head_dim]` fp32."""
-        size = self.config.group_size
-        codes = unpack(self.key_codes.rows(), self.key_bits, size * self.head_dim).unflatten(-1, (size, self.head_dim))
-        scale, minimum = self.key_affine.rows().unsqueeze(-2).chunk(2, dim=-1)
-        return dequantize(codes, scale, minimum).flatten(2, 3)
-
-    def _packed_values(self) -> Tensor:
-        return decode(self.value_codes.rows(), self.value_affine.rows(), self.value_parts)
-
-    def _joined(self, exact: GrowingRows, packed: Tensor) -> Tensor:
-        if not packed.shape[2]:
-            return exact.rows()
-        sinks = self.config.sink_tokens
-        rows = exact.rows()
-        return torch.cat([rows[:, :, :sinks], packed.to(rows.dtype), rows[:, :, sinks:]], dim=2)
+        if len(self.stores) == 1 and not self.stores[0].padding:
+            return self.stores[0].read()
+        whole: list[Tensor] = []
+        for store in self.stores:
+            for side, states in enumerate(store.read()):
+                if len(whole) <= side:
+                    length = store.padding + states.shape[2]
+                    whole.append(states.new_zeros(self._shape[0], states.shape[1], length, states.shape[3]))
+                whole[side][store.rows, :, store.padding :] = states
+        return whole[0], whole[1]
 
     def truncate(self, length: int) -> None:
-        size, sinks = self.config.group_size, self.config.sink_tokens
-        packed = self.key_codes.length * size
-        if length >= sinks + packed:
-            for rows in (self.exact_keys, self.exact_values):
-                rows.crop(length - packed)
-            return
-        groups = max(0, length - sinks) // size
-        rest = slice(groups * size, max(0, length - sinks))
-        again = [self.packed_keys()[:, :, rest], self._packed_values()[:, :, rest]]
-        for rows, states in zip((self.exact_keys, self.exact_values), again, strict=True):
-            rows.crop(min(length, sinks))
-            rows.append(states.to(rows.data.dtype))
-        for rows in (self.key_codes, self.key_affine):
-            rows.crop(groups)
-        for rows in (self.value_codes, self.value_affine):
-            rows.crop(groups * size)
+        for store in self.stores:
+            store.truncate(length)
 
     def release(self) -> None:
-        self._buffers = []
+        self.stores = []
 
     def numel(self) -> int:
-        if not self._buffers:
-            return 0
-        batch, heads = self.exact_keys.data.shape[:2]
-        return batch * heads * self.length * (self.head_dim + self.value_dim)
+        return sum(store.numel() for store in self.stores)
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def batch_select_indices(self, indices: Tensor) -> None:
+        indices = indices.cpu().nonzero().flatten() if indices.dtype == torch.bool else indices.cpu()
+        stores = []
+        for store in self.stores:
+            local = torch.full((self._shape[0],), -1).index_copy(0, store.rows, torch.arange(len(store.rows)))[indices]
+            if (local >= 0).any():
+                part = self._rows_of(store, local[local >= 0])
+                part.rows = torch.nonzero(local >= 0).flatten()
+                stores.append(part)
+        self.stores, self._shape = stores, (len(indices), *self._shape[1:])
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._shape = (self._shape[0] * repeats, *self._shape[1:])
+        for store in self.stores:
+            store.repeat(repeats)

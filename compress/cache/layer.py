@@ -38,6 +38,7 @@ class PackedLayer(CacheLayerMixin):
     """Subclasses define `allocate`, `buffers`, `append`, `read`, `truncate`, `release` and `numel`."""
 
     takes_metric = False  # of the queries, as a constructor argument
+    watched = False  # an attention function will show the queries and the mask of every call
     reads_in_one_pass = True  # one forward pass sees what token-by-token decoding sees
     is_sliding = False
     is_croppable = True  # tokens are packed one by one: what is cut leaves no trace
@@ -71,6 +72,10 @@ class PackedLayer(CacheLayerMixin):
     @abstractmethod
     def release(self) -> None:
         """Drop the buffers."""
+
+    def alike(self) -> int:
+        """How many tokens may come in one call so that each is answered as if they came one by one."""
+        return 1
 
     @abstractmethod
     def numel(self) -> int:

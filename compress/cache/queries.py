@@ -1,4 +1,4 @@
-"""Queries for a cache that wants them: an attention function that shows them and then does what the model's own does.
+"""Queries and masks for a cache: an attention function that shows them and then does what the model's own does.
 
 Transformers hands keys and values to a cache's `update` and queries to the attention function right after it, both in one
 thread. So the layer that was updated last is the one that the queries belong to.
@@ -33,14 +33,14 @@ def show_queries(model: nn.Module) -> None:
 def _show(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
     layer, _last.layer = getattr(_last, "layer", None), None
     if layer is not None:
-        layer.see(query, _valid(mask, query.shape[2]))
+        layer.see(query, _valid(mask, key.shape[2]))
 
 
 def _valid(mask: Tensor | None, tokens: int) -> Tensor | None:
-    """Which of the last tokens are no padding: those that the last query of the row may read."""
+    """Which of the cache's tokens are no padding: those that the last query of the row may read, `[batch, tokens]`."""
     if mask is None:
         return None
-    last = mask[:, 0, -1, -tokens:] if mask.ndim == 4 else mask[:, -tokens:]
+    last = mask[:, 0, -1, :tokens] if mask.ndim == 4 else mask[:, -tokens:]
     return (
         last
         if last.dtype == torch.bool

@@ -14,6 +14,7 @@ import compress
 from cache_helpers import greedy, prompt, same, states
 from compress.cache import KVCache, kivi, read_config, squat
 from compress.cache.compensation import corrections, quantize_groups, visiting_order
+from compress.cache.quantizer import Grid
 from compress.errors import CompressError
 from helpers import tiny_model
 
@@ -45,8 +46,8 @@ def test_the_same_bytes_however_a_text_is_cut(method: Any, bits: int, sinks: int
     for cuts in ([1] * 150, [3, 60, 1, 86]):
         other = streamed(layer(method, given, **options), keys, values, cuts)
         assert same(whole, other) and all(map(torch.equal, whole.read(), other.read()))
-    groups = (150 - sinks - 20) // 16
-    assert whole.key_codes.length == groups and whole.exact_keys.length == 150 - 16 * groups
+    groups, (store,) = (150 - sinks - 20) // 16, whole.stores
+    assert store.key_codes.length == groups and store.exact_keys.length == 150 - 16 * groups
     read = whole.read()[0]
     assert torch.equal(read[:, :, :sinks], keys[:, :, :sinks]) and torch.equal(read[:, :, -20:], keys[:, :, -20:])
 
@@ -65,7 +66,8 @@ def test_errors_are_within_half_a_step_and_bytes_are_counted() -> None:
     step = (parts.amax(4, keepdim=True) - parts.amin(4, keepdim=True)) / 3
     assert ((read_values[:, :, 4:68].float().unflatten(3, (2, 32)) - parts).abs() <= 0.53 * step + 0.01 * parts.abs()).all()
     per_head = 64 * 64 * 2 // 8 + 2 * 64 * 2 * 2 + 64 * (16 + 8) + 36 * 64 * 2 * 2  # codes, affine, values, exact
-    assert cache.nbytes == 4 * per_head
+    reference = (64 + 4) * 4  # a centre, four units
+    assert cache.nbytes == 4 * (per_head + reference)
 
 
 def test_a_long_prompt_leaves_no_dense_copy() -> None:
@@ -85,10 +87,11 @@ def test_strength_zero_is_kivi_and_one_block_corrects_nothing() -> None:
 def test_corrections_are_the_constrained_minimum() -> None:
     """Against the published form P_fc P_cc^{-1} with P = A^{-1}, and A's visiting order."""
     given = metric()
-    moves = corrections(given, 16, 5.0, cap=1e9)
+    given = 5 * given / given.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     order = visiting_order(given)
+    moves = corrections(given, order, 16, cap=1e9)
     for head in range(2):
-        full = torch.eye(64).double() + 5 * given[head].double() / given[head].diagonal().double().mean()
+        full = torch.eye(64).double() + given[head].double()
         full = full[order[head]][:, order[head]]
         inverse = torch.linalg.inv(full)
         for index, move in enumerate(moves):
@@ -96,7 +99,7 @@ def test_corrections_are_the_constrained_minimum() -> None:
             want = (inverse[stop:, :stop] @ torch.linalg.inv(inverse[:stop, :stop]))[:, -16:]
             assert torch.allclose(move[head].double(), want, atol=1e-5)
     assert len(moves) == 3 and moves[0].shape == (2, 48, 16)
-    capped = corrections(given, 16, 5.0, cap=0.01)
+    capped = corrections(given, order, 16, cap=0.01)
     assert max(float(move.abs().max()) for move in capped) <= 0.01 + 1e-6
 
 
@@ -105,7 +108,7 @@ def test_in_the_limit_the_error_is_orthogonal_to_the_queries() -> None:
     given = q.mT @ q
     order = visiting_order(given)
     basis = torch.linalg.eigh(given.double()).eigenvectors[..., -6:]
-    move = corrections(given, 8, 1e7, cap=1e9)[0].double()
+    move = corrections(1e7 * given, order, 8, cap=1e9)[0].double()
     for head in range(2):
         rows = basis[head][order[head]]
         error = torch.randn(8).double()
@@ -119,12 +122,13 @@ def test_less_error_where_queries_look() -> None:
     q, later = torch.randn(1, 500, 64) @ mix, torch.randn(1, 500, 64) @ mix
     keys = states(256, heads=1, batch=1).unflatten(2, (8, 32))
     given = q.mT @ q
+    given = 10 * given / given.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     order = visiting_order(given)
     sorted_keys = keys.gather(-1, order[None, :, None, None].expand_as(keys))
     errors = {}
     for block in (64, 32, 8):
-        moves = corrections(given, block, 10.0)
-        codes, scale, minimum = quantize_groups(sorted_keys, 2, torch.bfloat16, block, moves)
+        moves = corrections(given, order, block)
+        codes, scale, minimum = quantize_groups(sorted_keys, 2, Grid(torch.bfloat16), block, moves)
         error = codes.float() * scale.float().unsqueeze(-2) + minimum.float().unsqueeze(-2) - sorted_keys
         seen = later.gather(-1, order[:, None].expand_as(later))
         errors[block] = float((error.flatten(2, 3) @ seen.mT).norm())
@@ -141,22 +145,65 @@ def test_generation_collects_the_queries_of_the_prompt(family: str) -> None:
         warnings.filterwarnings("error", message="squat saw no queries")
         assert torch.equal(greedy(model, ids, cache, new=4), dense)
     packed = next(item for item in cache.layers if isinstance(item, squat.Layer))
-    assert packed._frozen and packed.metric.rows().any() and packed.key_codes.length > 3
+    (store,) = packed.stores
+    assert store.frozen and store.metric.rows().any() and store.key_codes.length > 3
 
 
-def test_queries_of_padding_do_not_count() -> None:
-    model = tiny_model("llama")
-    ids = prompt(1, 60)
-    alone = KVCache(model, "squat", group_size=16, window=8, sink_tokens=0)
-    greedy(model, ids, alone, new=2)
-    padded = torch.cat([torch.zeros(1, 16, dtype=ids.dtype), ids], dim=1)
-    mask = (torch.arange(76) >= 16).long()[None]
-    beside = KVCache(model, "squat", group_size=16, window=8, sink_tokens=0)
-    greedy(model, padded, beside, new=2, attention_mask=mask)
-    for one, two in zip(alone.layers, beside.layers, strict=True):
-        assert torch.allclose(one.metric.rows().float(), two.metric.rows().float(), rtol=0.01, atol=0.01)
-        # 16 tokens of padding are one group: what follows has the bytes it has alone, up to the last bits of the metric
-        assert (one.packed_keys() - two.packed_keys()[:, :, 16:]).abs().mean() < 0.02 * one.packed_keys().abs().mean()
+@pytest.mark.parametrize("method", ["kivi", "squat"])
+@pytest.mark.parametrize("cuts", [[70], [9, 30, 31]], ids=str)
+def test_a_row_has_the_bytes_that_it_has_alone(method: str, cuts: list[int]) -> None:
+    """Whatever the padding in front of it and whoever is beside it, prefilled at once or in chunks."""
+    model, options = tiny_model("llama").double(), {"group_size": 16, "window": 8, "sink_tokens": 2}
+    rows = [prompt(1, tokens) for tokens in (70, 51, 70, 58)]
+    ids = torch.cat([torch.nn.functional.pad(row, (70 - row.shape[1], 0)) for row in rows])
+    mask = torch.stack([torch.arange(70) >= 70 - row.shape[1] for row in rows]).long()
+    together = KVCache(model, method, **options)
+    generated = greedy(model, ids, together, new=20, attention_mask=mask) if len(cuts) == 1 else None
+    if generated is None:
+        start = 0
+        for part in ids.split(cuts, dim=1):
+            start += part.shape[1]
+            positions = (mask[:, :start].cumsum(1) - 1).clamp_min(0)[:, -part.shape[1] :]
+            with torch.no_grad():
+                model(part, attention_mask=mask[:, :start], position_ids=positions, past_key_values=together)
+    for index, row in enumerate(rows):
+        alone, padding = KVCache(model, method, **options), 70 - row.shape[1]
+        if generated is not None:
+            assert torch.equal(greedy(model, row, alone, new=20)[0], generated[index, padding:])
+        else:
+            with torch.no_grad():
+                for part in row.split(
+                    [cuts[0] - padding, *cuts[1:]] if padding < cuts[0] else [cuts[0] + cuts[1] - padding, cuts[2]], dim=1
+                ):
+                    model(part, past_key_values=alone)
+        for one, two in zip(alone.layers, together.layers, strict=True):
+            (store,) = one.stores
+            other = next(store for store in two.stores if index in store.rows)
+            assert other.padding == padding
+            here = other.rows.tolist().index(index)
+            for ours, theirs in zip(store.buffers(), other.buffers(), strict=True):
+                torch.testing.assert_close(ours.rows()[0], theirs.rows()[here], rtol=1e-3, atol=1e-5)
+            read, theirs = one.read(), two.read()
+            assert all((t[index, :, :padding] == 0).all() for t in theirs)
+            torch.testing.assert_close(read[0][0], theirs[0][index, :, padding:], rtol=1e-3, atol=1e-4)
+
+
+def test_beams_of_padded_rows() -> None:
+    model, ids = tiny_model("llama"), prompt(2, 60)
+    mask = torch.stack([torch.arange(60) >= 9, torch.arange(60) >= 0]).long()
+    search = {"num_beams": 3, "new": 12, "attention_mask": mask}
+    want = greedy(model, ids, compress.KVCache(model, bits=16), **search)
+    cache = KVCache(model, "squat", bits=8, window=8, group_size=8)
+    assert torch.equal(greedy(model, ids, cache, **search), want)
+    (first, *_) = cache.layers
+    assert sorted(store.padding for store in first.stores) == [0, 9]
+    assert sorted(torch.cat([store.rows for store in first.stores]).tolist()) == list(range(6))
+    first.batch_select_indices(torch.tensor([False, True, True, False, False, True]))
+    assert first.read()[0].shape[0] == 3
+    first.batch_repeat_interleave(2)
+    assert first.read()[0].shape[0] == 6 and torch.equal(first.read()[0][0], first.read()[0][1])
+    first.crop(-(first.length - 5))
+    assert first.read()[0].shape[2] == 5 and all(store.padding <= 5 for store in first.stores)
 
 
 def test_without_queries_it_is_kivi_and_says_so() -> None:

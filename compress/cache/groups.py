@@ -1,0 +1,227 @@
+"""Keys rounded per channel in groups of tokens, values per token, for rows of a batch that begin at the same place.
+
+A store counts from the first real token of its rows: `padding` tokens in front of it are not stored at all. So a row of a
+left-padded batch has the sinks, the groups and the bytes that it would have alone.
+
+    exact_keys, exact_values     the sinks, then the window
+    key_codes                    one row per group, `[group_size, head_dim]` codes packed token after token
+    key_affine                   one row per group, head_dim scales and head_dim minima, of the keys less the centre
+    value_codes, value_affine    one row per token, a scale and a minimum for every `value_group_size` channels
+    reference                    one row: the centre (the mean key of the first group), and the units of 8-bit scales and minima
+
+Centre and units come from the first group alone, however many are rounded at once, so bytes do not depend on how a text
+was cut. A centre is worth it where a channel lies far from 0 (the key biases of Qwen2): a minimum in few bits would be wrong
+by many steps. Units leave room of 28 times the first group's largest scale and minimum.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.cache.buffer import GrowingRows
+from compress.cache.compensation import quantize_groups
+from compress.cache.quantizer import EIGHT_BITS, Grid, dequantize, quantize
+from compress.errors import CompressError
+from compress.kernels.pack import pack, packed_width, unpack
+
+_ONE = 1 / 16  # of the first group's largest scale or minimum is 1.0 in eight bits, whose end is 448
+
+
+class GroupStore:
+    """The tokens of some rows `[batch, heads, tokens, head_dim]`; `rows` are their places in the batch, ascending."""
+
+    def __init__(self, config: Any, rows: Tensor, key_states: Tensor, value_states: Tensor) -> None:
+        self.config, self.rows, self.padding = config, rows, 0
+        self.settled = False  # the padding is known
+        self.waiting = False  # for the queries of the tokens that came last, before anything is packed
+        batch, heads, _, self.head_dim = key_states.shape
+        self.value_dim = value_states.shape[-1]
+        self.key_bits, self.value_bits = config.key_bits or config.bits, config.value_bits or config.bits
+        self.value_group = min(config.value_group_size, self.value_dim)
+        if self.value_dim % self.value_group:
+            raise CompressError(f"value_group_size {self.value_group} does not divide the head_dim of {self.value_dim}")
+        half = key_states.dtype if key_states.dtype.itemsize == 2 else torch.bfloat16
+        self.affine_dtype = EIGHT_BITS if config.affine_bits == 8 else half
+        affine = torch.uint8 if config.affine_bits == 8 else half
+        groups = max(0, config.capacity - config.sink_tokens) // config.group_size
+
+        def new(width: int, dtype: torch.dtype, capacity: int) -> GrowingRows:
+            return GrowingRows(batch, heads, width, dtype, key_states.device, capacity)
+
+        exact = config.sink_tokens + config.window + config.group_size
+        self.exact_keys = new(self.head_dim, key_states.dtype, exact)
+        self.exact_values = new(self.value_dim, value_states.dtype, exact)
+        self.key_codes = new(packed_width(config.group_size * self.head_dim, self.key_bits), torch.uint8, groups)
+        self.key_affine = new(2 * self.head_dim, affine, groups)
+        tokens = groups * config.group_size
+        self.value_codes = new(packed_width(self.value_dim, self.value_bits), torch.uint8, tokens)
+        self.value_affine = new(2 * self.value_dim // self.value_group, affine, tokens)
+        self.reference = new(self.head_dim + 4, torch.float32, 1)
+
+    def buffers(self) -> list[GrowingRows]:
+        """Everything that is stored."""
+        return [
+            self.exact_keys, self.exact_values, self.key_codes, self.key_affine, self.value_codes, self.value_affine,
+            self.reference,
+        ]  # fmt: skip
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a row, padding not counted."""
+        return self.exact_keys.length + self.key_codes.length * self.config.group_size
+
+    @property
+    def curious(self) -> bool:
+        """Whether the next attention can tell this store something."""
+        return not self.settled
+
+    def observe(self, queries: Tensor) -> None:
+        """Queries `[batch, heads, queries of a KV head, tokens, head_dim]` fp32 of the tokens that came last, 0 for padding."""
+        self.settled = self.tokens > 0
+
+    def alike(self) -> int:
+        """How many tokens may come at once so that each is answered as if they came one by one."""
+        size = self.config.group_size
+        behind = self.exact_keys.length - self.config.sink_tokens - self.config.window
+        return size * (max(0, behind + 1) // size + 1) - 1 - behind
+
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.exact_keys.append(key_states)
+        self.exact_values.append(value_states)
+
+    def drop_padding(self, count: int) -> None:
+        """Forget the first `count` tokens, which nobody may read."""
+        self.padding += count
+        for rows in (self.exact_keys, self.exact_values):
+            rows.remove(0, min(count, rows.length))
+
+    def hide(self, valid: Tensor) -> None:
+        """Nobody reads the keys of padding between tokens, but they would widen the range of their group: they become the
+        first real key of their call, `valid` `[batch, new tokens]`."""
+        keys = self.exact_keys.rows()[:, :, -valid.shape[1] :]
+        if not keys.shape[2]:
+            return
+        valid = valid[:, -keys.shape[2] :]
+        first = valid.int().argmax(dim=1)[:, None, None, None].expand(*keys.shape[:2], 1, keys.shape[3])
+        keys.copy_(torch.where(valid[:, None, :, None], keys, keys.gather(2, first)))
+
+    def flush(self) -> None:
+        """Pack the oldest whole groups of the window."""
+        config = self.config
+        groups = (self.exact_keys.length - config.sink_tokens - config.window) // config.group_size
+        if groups <= 0:
+            return
+        start, count = config.sink_tokens, groups * config.group_size
+        keys = self.exact_keys.rows()[:, :, start : start + count].float().unflatten(2, (groups, config.group_size))
+        values = self.exact_values.rows()[:, :, start : start + count].float().unflatten(-1, (-1, self.value_group))
+        if not self.reference.length:
+            self._refer(keys[:, :, 0], values[:, :, : config.group_size])
+        codes, scale, minimum = self.round_keys(keys - self._centre()[..., None, :])
+        self.key_codes.append(pack(codes.flatten(-2), self.key_bits))
+        self.key_affine.append(torch.cat([scale, minimum], dim=-1))
+        rounded = quantize(values, self.value_bits, self._grid("values"), config.fit)
+        self.value_codes.append(pack(rounded.codes.flatten(-2), self.value_bits))
+        self.value_affine.append(torch.cat([rounded.scale, rounded.minimum], dim=-1).flatten(-2))
+        for rows in (self.exact_keys, self.exact_values):
+            rows.remove(start, count)
+        self.settled = True
+
+    def _refer(self, keys: Tensor, values: Tensor) -> None:
+        """Centre `[head_dim]`, units of the keys' scale and minimum, units of the values'."""
+        centre = keys.mean(dim=2, keepdim=True).to(self.exact_keys.data.dtype).float()
+        units = []
+        for groups, bits in (((keys - centre).mT, self.key_bits), (values, self.value_bits)):
+            low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+            for largest in ((high - low) / ((1 << bits) - 1), low.abs()):
+                largest = _ONE * largest.flatten(2).amax(dim=2)[..., None, None]
+                units.append(torch.where(largest > 0, largest, 1))
+        self.reference.append(torch.cat([centre, *units], dim=-1))
+
+    def _centre(self) -> Tensor:
+        return self.reference.rows()[..., : self.head_dim]
+
+    def _grid(self, side: str) -> Grid:
+        """Units `[batch, heads, 1, 1, 1]`."""
+        if self.affine_dtype != EIGHT_BITS:
+            return Grid(self.affine_dtype)
+        first = self.head_dim + (0 if side == "keys" else 2)
+        return Grid(EIGHT_BITS, *self.reference.rows()[..., first : first + 2].unsqueeze(-1).split(1, dim=-2))
+
+    def round_keys(self, keys_BHNGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales and minima of whole groups; see `quantize_groups`."""
+        return quantize_groups(keys_BHNGD, self.key_bits, self._grid("keys"), self.head_dim, [], self.config.fit)
+
+    def packed_keys(self) -> Tensor:
+        """Packed keys `[batch, heads, tokens, head_dim]` fp32."""
+        size = self.config.group_size
+        codes = unpack(self.key_codes.rows(), self.key_bits, size * self.head_dim).unflatten(-1, (size, self.head_dim))
+        scale, minimum = self.key_affine.rows().unsqueeze(-2).chunk(2, dim=-1)
+        keys = dequantize(codes, scale, minimum, self._grid("keys"))
+        return keys.add_(self._centre()[..., None, :]).flatten(2, 3)
+
+    def packed_values(self) -> Tensor:
+        """Packed values `[batch, heads, tokens, value_dim]` fp32."""
+        codes = unpack(self.value_codes.rows(), self.value_bits, self.value_dim).unflatten(-1, (-1, self.value_group))
+        scale, minimum = self.value_affine.rows().unflatten(-1, (-1, 2)).split(1, dim=-1)
+        return dequantize(codes, scale, minimum, self._grid("values")).flatten(-2)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """All keys and values in the dtypes they came in."""
+        if not self.key_codes.length:
+            exact = self.exact_keys.rows(), self.exact_values.rows()
+            return tuple(rows.clone() for rows in exact) if self.waiting else exact  # packed before attention reads them
+        sinks = self.config.sink_tokens
+        sides = (self.exact_keys.rows(), self.packed_keys()), (self.exact_values.rows(), self.packed_values())
+        keys, values = (
+            torch.cat([exact[:, :, :sinks], packed.to(exact.dtype), exact[:, :, sinks:]], dim=2) for exact, packed in sides
+        )
+        return keys, values
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens; of a cut group the kept ones go back to the window as they read."""
+        self.padding, length = min(self.padding, length), max(0, length - self.padding)
+        size, sinks = self.config.group_size, self.config.sink_tokens
+        packed = self.key_codes.length * size
+        if length >= sinks + packed:
+            for rows in (self.exact_keys, self.exact_values):
+                rows.crop(length - packed)
+            return
+        groups = max(0, length - sinks) // size
+        rest = slice(groups * size, max(0, length - sinks))
+        again = [self.packed_keys()[:, :, rest], self.packed_values()[:, :, rest]]
+        for rows, states in zip((self.exact_keys, self.exact_values), again, strict=True):
+            rows.crop(min(length, sinks))
+            rows.append(states.to(rows.data.dtype))
+        for rows, kept in (
+            (self.key_codes, groups), (self.key_affine, groups),
+            (self.value_codes, groups * size), (self.value_affine, groups * size),
+        ):  # fmt: skip
+            rows.crop(kept)
+
+    def fork(self) -> GroupStore:
+        """The same store; what `select` does to one does not change the other."""
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, GrowingRows):
+                setattr(twin, name, copy.copy(value))
+        return twin
+
+    def select(self, indices: Tensor) -> None:
+        """Rows in the order of `indices`, which count within this store."""
+        for buffer in self.buffers():
+            buffer.select(indices)
+
+    def repeat(self, repeats: int) -> None:
+        """Every row `repeats` times in a row."""
+        self.rows = (self.rows[:, None] * repeats + torch.arange(repeats)).flatten()
+        for buffer in self.buffers():
+            buffer.repeat(repeats)
+
+    def numel(self) -> int:
+        """Values in the keys and values that are stored."""
+        batch, heads = self.exact_keys.data.shape[:2]
+        return batch * heads * self.tokens * (self.head_dim + self.value_dim)
