@@ -12,12 +12,12 @@ Cost: length / 2 tokens per window and model in calls of up to a group; logits o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from compress.cache import KVCache
 from compress.cache.attached import CACHE_ARGUMENT, new_cache
 
 _BATCH = 16  # windows side by side
@@ -41,7 +41,7 @@ def decoded_columns(
     bits = 0.0
     for batch in windows.split(_BATCH):
         cache = new_cache(model)
-        sums = _decode(model, cache, batch, original)
+        sums = decode(model, cache, batch, original, prompt_length(batch.shape[1]))
         for name, total in sums.items():
             columns.setdefault(name, []).append(total / (batch.shape[1] - prompt_length(batch.shape[1])))
         bits = cache.bits_per_element
@@ -50,7 +50,8 @@ def decoded_columns(
     return {name: torch.cat(parts).cpu() for name, parts in columns.items()}, bits
 
 
-def _decode(model: nn.Module, cache: Any, ids: Tensor, original: nn.Module | None) -> dict[str, Tensor]:
+def decode(model: nn.Module, cache: KVCache, ids: Tensor, original: nn.Module | None, prompt: int) -> dict[str, Tensor]:
+    """Sums over the tokens behind the first `prompt` of every row of `ids` `[rows, length]`: the columns above."""
     sides = {"nll": (model, cache)}
     if original is not None:
         sides["original"] = (original, DynamicCache(config=original.config))
@@ -61,7 +62,7 @@ def _decode(model: nn.Module, cache: Any, ids: Tensor, original: nn.Module | Non
 
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     most = max(1, _LOGITS // (len(ids) * vocabulary))
-    start, stop = 0, prompt_length(ids.shape[1])  # what is fed
+    start, stop = 0, prompt  # what is fed
     while start < ids.shape[1] - 1:
         count = 1 if start == 0 else stop - start  # of the prompt's tokens only the last one predicts
         targets, seen = ids[:, stop - count + 1 : stop + 1, None], {}

@@ -21,20 +21,23 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
 from compress.cache.layer import CacheConfig, PackedLayer
+from compress.cache.prefix import read_prefix, write_prefix
 from compress.cache.queries import show_queries
 from compress.errors import CompressError
 from compress.suggest import unknown
 
-METHODS = ("kivi", "per_token", "squat")
+METHODS = ("fp8", "kivi", "per_token", "squat")
 _OWN_LAYER = ("sliding_attention", "chunked_attention", "dummy")
 
 Bases = Mapping[int, Tensor] | Sequence[Tensor | None]
@@ -46,7 +49,8 @@ class KVCache(Cache):
     Args:
         model_or_config: the model, or its config.
         method: one of `METHODS`.
-        bits: 2 to 8 bits per code; 16 keeps the states as they came.
+        bits: 2 to 8 bits per code; None: 4 for per_token, 2 for kivi and squat, 8 for fp8. 16 (per_token alone) keeps the
+            states as they came.
         key_bases, value_bases: orthonormal bases by layer index, `[head_dim, head_dim]` or
             `[kv_heads, head_dim, head_dim]`; those of layers that are not packed are not read.
         metrics: for squat, second moments of the queries by layer index, `[kv_heads, head_dim, head_dim]`; without them
@@ -63,7 +67,7 @@ class KVCache(Cache):
         self,
         model_or_config: nn.Module | PreTrainedConfig,
         method: str = "per_token",
-        bits: int = 4,
+        bits: int | None = None,
         *,
         key_bases: Bases | None = None,
         value_bases: Bases | None = None,
@@ -72,7 +76,7 @@ class KVCache(Cache):
         **options: Any,
     ) -> None:
         self.method = method
-        self.options = read_config(method, {"bits": bits, **options})
+        self.options = read_config(method, options if bits is None else {"bits": bits, **options})
         layer_types, layer_kwargs = _layers_of(getattr(model_or_config, "config", model_or_config))
         keys, values = (
             _by_layer(name, bases, len(layer_types))
@@ -119,6 +123,25 @@ class KVCache(Cache):
         return min(layer.alike() for layer in self.packed)
 
     @property
+    def metrics(self) -> dict[int, Tensor]:
+        """For squat, the moments of the queries that its layers hold, averaged over the batch: `metrics` of other caches."""
+        found = {index: getattr(layer, "metric", None) for index, layer in enumerate(self.layers)}
+        return {index: metric for index, metric in found.items() if metric is not None}
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation so far to a safetensors file, as packed as it is; see `load`."""
+        write_prefix(path, self.layers, self.spec)
+
+    def load(self, path: str | Path, device: torch.device | str = "cpu") -> None:
+        """Go on from a saved conversation, in the place of what is held.
+
+        Raises:
+            CompressError: no such file, not a saved cache, damaged, or of a cache with other options or layers.
+        """
+        self.reset()
+        read_prefix(path, self.layers, self.spec, device)
+
+    @property
     def nbytes(self) -> int:
         """Bytes in use in all layers, those of transformers included."""
         return sum(_layer_bytes(layer)[0] for layer in self.layers)
@@ -127,6 +150,13 @@ class KVCache(Cache):
     def reserved_nbytes(self) -> int:
         """Bytes that packed layers allocated for tokens to come."""
         return sum(layer.reserved_nbytes for layer in self.packed)
+
+    @property
+    def packed_bits_per_element(self) -> float:
+        """Bits of a key or value that is packed, its share of scales and minima counted; 0 when none is."""
+        counts = [layer.packed_size() for layer in self.packed]
+        elements = sum(count for _, count in counts)
+        return 8 * sum(size for size, _ in counts) / elements if elements else 0.0
 
     @property
     def bits_per_element(self) -> float:

@@ -17,6 +17,13 @@ from torch import Tensor
 _SMALLEST = 16  # rows
 
 
+def require_same(states: Tensor, batch: int, heads: int, width: int) -> None:
+    """ValueError unless states are `[batch, heads, new tokens, width]`."""
+    if (*states.shape[:2], states.shape[3]) != (batch, heads, width):
+        expected = f"[{batch}, {heads}, new tokens, {width}]"
+        raise ValueError(f"the cache holds states {expected}, got {list(states.shape)}; reset it, or make a new one")
+
+
 class GrowingRows:
     """`length` rows of `width` values for every batch row and head."""
 
@@ -33,9 +40,7 @@ class GrowingRows:
     def require_fit(self, states: Tensor) -> None:
         """ValueError unless `[batch, heads, new, width]` are rows of this batch, these heads and this width."""
         batch, heads, _, width = self.data.shape
-        if (*states.shape[:2], states.shape[3]) != (batch, heads, width):
-            expected = f"[{batch}, {heads}, new tokens, {width}]"
-            raise ValueError(f"the cache holds states {expected}, got {list(states.shape)}; reset it, or make a new one")
+        require_same(states, batch, heads, width)
 
     def reserve(self, new: int) -> None:
         """Make room for `new` more rows."""

@@ -7,7 +7,7 @@ left-padded batch has the sinks, the groups and the bytes that it would have alo
     key_codes                    one row per group, `[group_size, head_dim]` codes packed token after token
     key_affine                   one row per group, head_dim scales and head_dim minima, of the keys less the centre
     value_codes, value_affine    one row per token, a scale and a minimum for every `value_group_size` channels
-    reference                    one row: the centre (the mean key of the first group), and the units of 8-bit scales and minima
+    reference                    one row: the centre (mean key of the first group), the units of 8-bit scales and minima
 
 Centre and units come from the first group alone, however many are rounded at once, so bytes do not depend on how a text
 was cut. A centre is worth it where a channel lies far from 0 (the key biases of Qwen2): a minimum in few bits would be wrong
@@ -33,6 +33,8 @@ _ONE = 1 / 16  # of the first group's largest scale or minimum is 1.0 in eight b
 
 class GroupStore:
     """The tokens of some rows `[batch, heads, tokens, head_dim]`; `rows` are their places in the batch, ascending."""
+
+    known: tuple[str, ...] = ("padding", "settled", "waiting")  # beside the tensors, for a saved store
 
     def __init__(self, config: Any, rows: Tensor, key_states: Tensor, value_states: Tensor) -> None:
         self.config, self.rows, self.padding = config, rows, 0
@@ -80,7 +82,7 @@ class GroupStore:
         return not self.settled
 
     def observe(self, queries: Tensor) -> None:
-        """Queries `[batch, heads, queries of a KV head, tokens, head_dim]` fp32 of the tokens that came last, 0 for padding."""
+        """Queries `[batch, heads, queries of a KV head, tokens, head_dim]` fp32 of the newest tokens, 0 for padding."""
         self.settled = self.tokens > 0
 
     def alike(self) -> int:
@@ -225,3 +227,10 @@ class GroupStore:
         """Values in the keys and values that are stored."""
         batch, heads = self.exact_keys.data.shape[:2]
         return batch * heads * self.tokens * (self.head_dim + self.value_dim)
+
+    def packed_size(self) -> tuple[int, int]:
+        """Bytes of codes, scales and minima, and how many values they stand for."""
+        batch, heads = self.exact_keys.data.shape[:2]
+        packed = (self.key_codes, self.key_affine, self.value_codes, self.value_affine)
+        count = batch * heads * self.value_codes.length * (self.head_dim + self.value_dim)
+        return sum(rows.nbytes for rows in packed), count

@@ -17,13 +17,13 @@ Cost: O(new tokens) amortised to write; reading multiplies out the whole cache o
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from compress.cache.buffer import GrowingRows
+from compress.cache.buffer import GrowingRows, require_same
 from compress.cache.groups import GroupStore
 from compress.cache.layer import CacheConfig, PackedLayer
 from compress.cache.queries import expect_queries
@@ -68,21 +68,17 @@ class Layer(PackedLayer):
 
     def allocate(self, key_states: Tensor, value_states: Tensor) -> None:
         self.stores = [self.new_store(torch.arange(key_states.shape[0]), key_states, value_states)]
-        self._shape = (*key_states.shape[:2], key_states.shape[3])
 
     def buffers(self) -> list[GrowingRows]:
         return [buffer for store in self.stores for buffer in store.buffers()]
 
     def append(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, heads, _, width = key_states.shape
-        if (batch, heads, width) != self._shape:
-            expected = f"[{self._shape[0]}, {self._shape[1]}, new tokens, {self._shape[2]}]"
-            raise ValueError(f"the cache holds states {expected}, got {list(key_states.shape)}; reset it, or make a new one")
+        require_same(key_states, *(self.shape[key] for key in ("batch", "heads", "head_dim")))
         for store in self.stores:
             if store.waiting:  # the last call's queries never came
                 store.flush()
             store.waiting = self.watched and store.curious
-            whole = len(store.rows) == batch
+            whole = len(store.rows) == self.shape["batch"]
             store.append(*(states if whole else states[store.rows] for states in (key_states, value_states)))
             if not store.waiting:
                 store.flush()
@@ -97,9 +93,9 @@ class Layer(PackedLayer):
         `valid` `[batch, tokens]` is false for the tokens of the cache that the newest query may not read. Groups that waited
         for it are packed.
         """
-        queries = query.detach().float().unflatten(1, (self._shape[1], -1))  # those of a KV head follow each other
+        queries = query.detach().float().unflatten(1, (self.shape["heads"], -1))  # those of a KV head follow each other
         if valid is not None and not valid.all():
-            valid = valid.cpu().expand(self._shape[0], -1)
+            valid = valid.cpu().expand(self.shape["batch"], -1)
             self._set_padding(valid)
             recent = valid[:, -query.shape[2] :]
             queries = queries * recent[:, None, None, :, None].to(queries.device)
@@ -144,7 +140,7 @@ class Layer(PackedLayer):
             for side, states in enumerate(store.read()):
                 if len(whole) <= side:
                     length = store.padding + states.shape[2]
-                    whole.append(states.new_zeros(self._shape[0], states.shape[1], length, states.shape[3]))
+                    whole.append(states.new_zeros(self.shape["batch"], states.shape[1], length, states.shape[3]))
                 whole[side][store.rows, :, store.padding :] = states
         return whole[0], whole[1]
 
@@ -158,22 +154,41 @@ class Layer(PackedLayer):
     def numel(self) -> int:
         return sum(store.numel() for store in self.stores)
 
+    def packed_size(self) -> tuple[int, int]:
+        sizes = [store.packed_size() for store in self.stores]
+        return sum(size for size, _ in sizes), sum(count for _, count in sizes)
+
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def batch_select_indices(self, indices: Tensor) -> None:
         indices = indices.cpu().nonzero().flatten() if indices.dtype == torch.bool else indices.cpu()
         stores = []
         for store in self.stores:
-            local = torch.full((self._shape[0],), -1).index_copy(0, store.rows, torch.arange(len(store.rows)))[indices]
+            local = torch.full((self.shape["batch"],), -1).index_copy(0, store.rows, torch.arange(len(store.rows)))[indices]
             if (local >= 0).any():
                 part = self._rows_of(store, local[local >= 0])
                 part.rows = torch.nonzero(local >= 0).flatten()
                 stores.append(part)
-        self.stores, self._shape = stores, (len(indices), *self._shape[1:])
+        self.stores, self.shape["batch"] = stores, len(indices)
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._shape = (self._shape[0] * repeats, *self._shape[1:])
         for store in self.stores:
             store.repeat(repeats)
+        self.shape["batch"] *= repeats
+
+    def facts(self) -> dict[str, Any]:
+        stores = [
+            {"rows": store.rows.tolist(), **{name: getattr(store, name) for name in store.known}} for store in self.stores
+        ]
+        return super().facts() | ({"stores": stores} if stores else {})
+
+    def restore(self, facts: dict[str, Any]) -> None:
+        (empty,) = self.stores
+        self.stores = []
+        for known in facts["stores"]:
+            store = self._rows_of(empty, torch.tensor(known.pop("rows")))
+            for name, value in known.items():
+                setattr(store, name, value)
+            self.stores.append(store)

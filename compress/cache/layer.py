@@ -15,6 +15,7 @@ batch, heads, head_dim and device; `reset` frees everything.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,7 +36,7 @@ class CacheConfig(BaseModel):
 
 
 class PackedLayer(CacheLayerMixin):
-    """Subclasses define `allocate`, `buffers`, `append`, `read`, `truncate`, `release` and `numel`."""
+    """Subclasses define `allocate`, `buffers`, `append`, `read`, `truncate`, `release`, `numel` and `packed_size`."""
 
     takes_metric = False  # of the queries, as a constructor argument
     watched = False  # an attention function will show the queries and the mask of every call
@@ -48,6 +49,7 @@ class PackedLayer(CacheLayerMixin):
         super().__init__()
         self.config = config
         self.length = 0
+        self.shape: dict[str, int] = {}  # batch, heads, head_dim and value_dim of the states it holds
 
     @abstractmethod
     def allocate(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -73,6 +75,10 @@ class PackedLayer(CacheLayerMixin):
     def release(self) -> None:
         """Drop the buffers."""
 
+    @abstractmethod
+    def packed_size(self) -> tuple[int, int]:
+        """Bytes of codes, scales and minima, and how many values they stand for."""
+
     def alike(self) -> int:
         """How many tokens may come in one call so that each is answered as if they came one by one."""
         return 1
@@ -85,6 +91,8 @@ class PackedLayer(CacheLayerMixin):
     @torch.no_grad()
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        batch, heads, _, width = key_states.shape
+        self.shape = {"batch": batch, "heads": heads, "head_dim": width, "value_dim": value_states.shape[-1]}
         self.allocate(key_states, value_states)
         self.is_initialized = True
 
@@ -98,6 +106,25 @@ class PackedLayer(CacheLayerMixin):
         self.append(key_states, value_states)
         self.length += key_states.shape[-2]
         return (key_states, value_states) if fills_empty and self.config.exact_prefill else self.read()
+
+    def facts(self) -> dict[str, Any]:
+        """What `rebuild` must know beside the tensors, as JSON; empty for an empty layer."""
+        if not self.is_initialized:
+            return {}
+        return {"length": self.length, "dtype": str(self.dtype).removeprefix("torch."), **self.shape}
+
+    def rebuild(self, facts: dict[str, Any], tensors: list[Tensor], device: torch.device | str) -> None:
+        """Fill an empty layer with the rows of its buffers and the facts of the layer that they come from."""
+        dtype, sides = getattr(torch, facts["dtype"]), (facts["head_dim"], facts["value_dim"])
+        states = [torch.empty(facts["batch"], facts["heads"], 0, width, dtype=dtype, device=device) for width in sides]
+        self.lazy_initialization(*states)
+        self.restore(facts)
+        for buffer, rows in zip(self.buffers(), tensors, strict=True):
+            buffer.data, buffer.length = rows, rows.shape[2]
+        self.length = facts["length"]
+
+    def restore(self, facts: dict[str, Any]) -> None:
+        """Make the buffers of a layer that has others than a new one; before they are filled."""
 
     def get_seq_length(self) -> int:
         return self.length
@@ -127,6 +154,7 @@ class PackedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         for buffer in self.buffers():
             buffer.select(indices)
+        self._count_rows()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -136,6 +164,11 @@ class PackedLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         for buffer in self.buffers():
             buffer.repeat(repeats)
+        self._count_rows()
+
+    def _count_rows(self) -> None:
+        if self.is_initialized:
+            self.shape["batch"] = self.buffers()[0].data.shape[0]
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()

@@ -84,6 +84,13 @@ class Layer(PackedLayer):
     def numel(self) -> int:
         return sum(side.numel() for side in self.sides)
 
+    def packed_size(self) -> tuple[int, int]:
+        packed = [side for side in self.sides if side.buffers]
+        return (
+            sum(side.codes.nbytes + side.affine.nbytes for side in packed),
+            sum(side.codes.length * side.exact.data[:, :, 0].numel() for side in packed),
+        )
+
 
 class Side:
     """The keys or the values: `exact` rows for the first tokens, then `codes` and `affine` rows.

@@ -56,7 +56,7 @@ class Part(NamedTuple):
 
 
 class Rounded(NamedTuple):
-    """Codes (uint8, as x), scale and minimum (`[..., 1]`, uint8 where they have 8 bits), and the fp32 values they stand for."""
+    """Codes (uint8, as x), scale and minimum `[..., 1]` (uint8 for 8 bits), and the fp32 values that they stand for."""
 
     codes: Tensor
     scale: Tensor
@@ -84,11 +84,11 @@ def quantize(x: Tensor, bits: int, grid: Grid, fit: int = 0) -> Rounded:
     levels = (1 << bits) - 1
     if fit:
         scale, minimum = best_range(x, levels, fit)
-        scale, minimum = _to_grid(scale, grid, grid.scale_unit), _to_grid(minimum, grid, grid.minimum_unit)
+        scale, minimum = to_grid(scale, grid, grid.scale_unit), to_grid(minimum, grid, grid.minimum_unit)
     else:
-        minimum = _to_grid(x.amin(dim=-1, keepdim=True), grid, grid.minimum_unit, outward=-1)
+        minimum = to_grid(x.amin(dim=-1, keepdim=True), grid, grid.minimum_unit, outward=-1)
         above = x.amax(dim=-1, keepdim=True) - minimum.float() * grid.minimum_unit
-        scale = _to_grid(above / levels, grid, grid.scale_unit, outward=1)
+        scale = to_grid(above / levels, grid, grid.scale_unit, outward=1)
     step, start = scale.float() * grid.scale_unit, minimum.float() * grid.minimum_unit
     codes = _nearest(x, step, start, levels)
     return Rounded(codes.to(torch.uint8), as_bytes(scale), as_bytes(minimum), codes * step + start)
@@ -142,6 +142,18 @@ def decode(packed: Tensor, affine: Tensor, parts: list[Part]) -> Tensor:
     return torch.cat(values, dim=-1)
 
 
+def to_grid(x: Tensor, grid: Grid, unit: Tensor | float = 1.0, outward: int = 0) -> Tensor:
+    """fp32 to the nearest value of the grid's dtype, or to the nearest not below it (`outward` 1) or not above it (-1)."""
+    x, info = x / unit, torch.finfo(grid.dtype)
+    nearest = x.clamp(info.min, info.max).to(grid.dtype)
+    if not outward:
+        return nearest
+    # half a step of the dtype to one step further: rounds to the next
+    beyond = x + outward * (x.abs() * (info.eps / 2)).clamp_min(info.smallest_normal * info.eps / 2)
+    beyond = beyond.clamp(info.min, info.max).to(grid.dtype).float()
+    return torch.where(outward * (nearest.float() - x) < 0, beyond, nearest.float()).to(grid.dtype)
+
+
 def as_bytes(x: Tensor) -> Tensor:
     """Eight-bit floats as bytes, which every operation on tensors knows; others as they are."""
     return x.view(torch.uint8) if x.dtype == EIGHT_BITS else x
@@ -154,15 +166,3 @@ def from_bytes(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _nearest(x: Tensor, step: Tensor, start: Tensor, levels: int) -> Tensor:
     return ((x - start) / torch.where(step > 0, step, 1)).round_().clamp_(0, levels)
-
-
-def _to_grid(x: Tensor, grid: Grid, unit: Tensor | float, outward: int = 0) -> Tensor:
-    """fp32 to the nearest value of the grid's dtype, or to the nearest not below it (`outward` 1) or not above it (-1)."""
-    x, info = x / unit, torch.finfo(grid.dtype)
-    nearest = x.clamp(info.min, info.max).to(grid.dtype)
-    if not outward:
-        return nearest
-    # half a step of the dtype to one step further: rounds to the next
-    beyond = x + outward * (x.abs() * (info.eps / 2)).clamp_min(info.smallest_normal * info.eps / 2)
-    beyond = beyond.clamp(info.min, info.max).to(grid.dtype).float()
-    return torch.where(outward * (nearest.float() - x) < 0, beyond, nearest.float()).to(grid.dtype)

@@ -44,6 +44,7 @@ class QueryStore(GroupStore):
     """A store whose keys are rounded in the metric of the queries."""
 
     config: Config
+    known = (*GroupStore.known, "frozen")
 
     def __init__(self, config: Config, rows: Tensor, key_states: Tensor, value_states: Tensor, given: Tensor | None) -> None:
         super().__init__(config, rows, key_states, value_states)
@@ -131,6 +132,17 @@ class Layer(kivi.Layer):
     ) -> None:
         super().__init__(config, key_basis, value_basis)
         self.given = metric
+
+    @property
+    def metric(self) -> Tensor | None:
+        """The moment of the queries `[kv heads, head_dim, head_dim]`, given or the mean over the batch's rows so far."""
+        if self.given is not None:
+            return self.given
+        rows = [store.metric.rows() for store in self.stores]
+        if not rows:
+            return None
+        width = self.stores[0].head_dim
+        return torch.cat(rows).float().mean(dim=0).unflatten(-1, (width, width)).squeeze(1)
 
     def new_store(self, rows: Tensor, key_states: Tensor, value_states: Tensor) -> GroupStore:
         _, heads, _, width = key_states.shape

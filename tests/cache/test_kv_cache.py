@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,3 +183,92 @@ def test_options_that_do_not_fit_the_heads_are_named(options: dict[str, Any], me
 def test_models_without_keys_and_values_are_refused_by_name(family: str, message: str) -> None:
     with pytest.raises(CompressError, match=message):
         KVCache(AutoConfig.for_model(family))
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "options"),
+    [
+        ("llama", "per_token", {"bits": 4, "high_channels": 2, "sink_tokens": 2}),
+        ("llama", "fp8", {}),
+        ("qwen3", "kivi", {"window": 8, "group_size": 8, "affine_bits": 8}),
+        ("llama", "squat", {"window": 8, "group_size": 8, "fit": 3}),
+        ("gemma3_text", "squat", {"window": 8, "group_size": 8}),
+    ],
+)
+@pytest.mark.parametrize("tokens", [40, 5])
+def test_a_saved_prefix_goes_on_as_the_one_it_was(
+    family: str, method: str, options: dict[str, Any], tokens: int, tmp_path: Path
+) -> None:
+    model, ids = tiny_model(family), prompt(2, tokens + 20)
+    mask = torch.stack([torch.arange(tokens + 20) >= 3, torch.arange(tokens + 20) >= 0]).long()
+    first = KVCache(model, method, **options)
+    with torch.no_grad():
+        model(ids[:, :tokens], attention_mask=mask[:, :tokens], past_key_values=first)
+    first.save(tmp_path / "prefix.safetensors")
+    second = KVCache(model, method, **options)
+    second.load(tmp_path / "prefix.safetensors")
+    assert second.get_seq_length() == tokens and second.nbytes == first.nbytes
+    if tokens == 40:
+        assert (tmp_path / "prefix.safetensors").stat().st_size < first.nbytes + 30_000
+    both = [greedy(model, ids, cache, new=12, attention_mask=mask) for cache in (first, second)]
+    assert torch.equal(*both)
+    second.load(tmp_path / "prefix.safetensors")  # in the place of what it holds
+    assert torch.equal(greedy(model, ids, second, new=12, attention_mask=mask), both[0])
+    with pytest.raises(CompressError, match=r"other options: exact_prefill=\w+ there, \w+ here"):
+        KVCache(model, method, **options, exact_prefill=not first.options.exact_prefill).load(
+            tmp_path / "prefix.safetensors"
+        )
+
+
+def test_files_that_are_no_prefix_are_named(tmp_path: Path) -> None:
+    cache = KVCache(tiny_model("llama"))
+    with pytest.raises(CompressError, match="no saved KV cache at"):
+        cache.load(tmp_path / "absent")
+    (tmp_path / "text").write_text("not a cache")
+    with pytest.raises(CompressError, match="is not a saved KV cache, or is damaged"):
+        cache.load(tmp_path / "text")
+    cache.save(tmp_path / "empty")
+    other = KVCache(tiny_model("llama", num_hidden_layers=2))
+    with pytest.raises(CompressError, match="holds 3 layers, the model's cache has 2"):
+        other.load(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("method", ["fp8", "kivi", "per_token", "squat"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_dtype_generates(method: str, dtype: torch.dtype) -> None:
+    model, ids = tiny_model("llama").to(dtype), prompt(2, 50)
+    options = {} if method in ("fp8", "per_token") else {"window": 8, "group_size": 8}
+    bits = {} if method == "fp8" else {"bits": 8}
+    cache, plain = KVCache(model, method, **bits, **options), DynamicCache(config=model.config)
+    with torch.no_grad():
+        out, want = (
+            torch.cat([model(part, past_key_values=each).logits for part in ids.split([40] + [1] * 10, dim=1)], dim=1)
+            for each in (cache, plain)
+        )
+    assert out.dtype == dtype and cache.layers[0].read()[0].dtype == dtype
+    assert (out - want).float().norm() < 0.03 * want.float().norm()
+
+
+@pytest.mark.parametrize("method", ["fp8", "kivi", "per_token", "squat"])
+def test_offloaded_layers_come_back(method: str) -> None:
+    model, ids = tiny_model("llama"), prompt(2, 60)
+    cache, other = KVCache(model, method), KVCache(model, method)
+    for each in (cache, other):
+        with torch.no_grad():
+            model(ids, past_key_values=each)
+    for layer in cache.layers:
+        layer.offload()
+        assert all(buffer.data.device.type == "cpu" for buffer in layer.buffers())
+    assert torch.equal(logits(model, ids[:, :3], cache), logits(model, ids[:, :3], other))
+
+
+def test_eight_bit_floats_err_by_a_sixteenth() -> None:
+    cache = KVCache(tiny_model("llama", head_dim=64), "fp8")
+    keys, values = states(30), states(30) * 1e-3
+    read_keys, read_values = cache.layers[0].update(keys, values)
+    for read, x in ((read_keys, keys), (read_values, values)):
+        floor = x.abs().amax(dim=-1, keepdim=True) * 2**-17
+        assert ((read - x).abs() <= x.abs() / 15.5 + floor).all() and not torch.equal(read, x)
+    assert cache.layers[0].bits_per_element == 8 + 16 / 64
+    zero = KVCache(tiny_model("llama", head_dim=64), "fp8").layers[0].update(torch.zeros_like(keys), values)
+    assert not zero[0].any()

@@ -54,7 +54,7 @@ def test_a_search_leaves_less_error(bits: int, gain: float, dtype: torch.dtype) 
     """Squared error of normal groups against the extremes; with many levels there is nothing to gain."""
     x, grid = torch.randn(2000, 32), Grid(dtype, 0.5, 0.5)
     errors = [float((read(quantize(x, bits, grid, fit), grid) - x).square().mean()) for fit in (0, 6)]
-    assert errors[1] < gain * errors[0] or dtype == EIGHT_BITS and bits == 8, errors
+    assert errors[1] < gain * errors[0] or (dtype == EIGHT_BITS and bits == 8), errors
 
 
 def test_more_ranges_are_never_worse() -> None:
