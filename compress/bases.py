@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from compress.blockwise import Progress
-from compress.cache.attached import CACHE_MODULE
+from compress.cache.attached import CACHE_MODULE, SIDES
 from compress.calibrate import data
 from compress.errors import CompressError
 from compress.layers import build
@@ -129,12 +130,16 @@ def rotated(prepared: Prepared, tokens: data.Tokens, staging: Path, lineage: Lin
     file = staging / BASES
     if not file.exists():
         by_moments = [kv.basis if kv else "none", *((wanted.stream, wanted.heads) if wanted else ())]
+        calibrated = kv is not None and kv.metric == "calibration"
         ordered = wanted is not None and wanted.hidden_order
         stream = wanted.stream if wanted else "none"
-        moments = gather(prepared, tokens, progress, stream) if ordered or {"pca", "order"} & {*by_moments} else None
+        asked = ordered or calibrated or {"pca", "order"} & {*by_moments}
+        moments = gather(prepared, tokens, progress, stream) if asked else None
         try:
             bases = rotation_bases(prepared, wanted, moments) if wanted else {}
             bases.update(cache_bases(prepared, moments, folded="heads.0" in bases))
+            if calibrated:
+                bases.update(cache_metrics(prepared, moments))
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise CompressError(f"bases: {error}") from error
         write_bases(staging, lineage.of(HEAD) if moments else "", bases)
@@ -182,15 +187,24 @@ def cache_bases(prepared: Prepared, moments: Moments | None, *, folded: bool) ->
     return bases
 
 
+def cache_metrics(prepared: Prepared, moments: Moments) -> dict[str, Tensor]:
+    """`metrics.<block>` `[H, D, D]`, the moments of the queries of every layer that is packed, mean diagonal 1."""
+    layer_types, _ = get_layer_types_and_kwargs(prepared.model.config.get_text_config(decoder=True))
+    metrics = {}
+    for index, kind in enumerate(layer_types):
+        if kind == "full_attention":
+            moment = moments.queries[index]
+            metrics[f"metrics.{index}"] = moment / moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(1e-30)
+    return metrics
+
+
 def _saved_cache(prepared: Prepared, bases: dict[str, Tensor]) -> dict[str, Any]:
     kv, model = prepared.recipe.kv_cache, prepared.model
     width = head_width(model)
     options = kv.options.model_dump()
     if kv.high_share:
         options["high_channels"] = high_per_head(width, kv.high_share)
-    layers = {
-        side: [int(name.split(".")[1]) for name in bases if name.startswith(side + ".")] for side in ("keys", "values")
-    }
+    layers = {side: [int(name.split(".")[1]) for name in bases if name.startswith(side + ".")] for side in SIDES}
     heads = model.config.get_text_config(decoder=True).num_key_value_heads
     return {"method": kv.method, "options": options, "bases": layers, "heads": heads, "head_dim": width}
 
@@ -202,7 +216,7 @@ def write_cache_bases(staging: Path) -> list[Path]:
     tensors = {
         f"{CACHE_MODULE}.{name}": tensor.read().float()
         for name, tensor in stored.items()
-        if name.startswith(("keys.", "values."))
+        if name.startswith(tuple(f"{side}." for side in SIDES))
     }
     write_file(file, tensors)
     return [file]

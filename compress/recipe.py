@@ -79,17 +79,24 @@ class Rule(_Strict):
         return {"method": self.method, "targets": list(self.targets), **options}
 
 
+_OF_ALL_CACHES = ("method", "basis", "high_share", "metric")
+
+
 class KvCache(_Strict):
     """How keys and values are kept during generation; `options` are those of the cache's method."""
 
     method: str = "per_token"
     basis: Literal["pca", "hadamard", "none"] = Field("none", description="in which keys (and values) are quantized")
     high_share: float = Field(0.0, ge=0, le=0.5, description="share of a head's channels in high precision")
+    metric: Literal["prompt", "calibration"] = Field(
+        "prompt",
+        description="squat: queries of the prompt, one metric per conversation, or of the calibration text, one for all",
+    )
     options: CacheConfig
 
     def resolved(self) -> dict[str, Any]:
         """The block as it would be written, every default filled in."""
-        return {"method": self.method, "basis": self.basis, "high_share": self.high_share, **self.options.model_dump()}
+        return {name: getattr(self, name) for name in _OF_ALL_CACHES} | self.options.model_dump()
 
 
 class Recipe(_Strict):
@@ -107,11 +114,13 @@ class Recipe(_Strict):
             return value
         if not isinstance(value, Mapping):
             raise ValueError("expected a mapping, for example {method: per_token, bits: 4}")
-        own = {key: value[key] for key in ("method", "basis", "high_share") if key in value}
+        own = {key: value[key] for key in _OF_ALL_CACHES if key in value}
         options = {key: item for key, item in value.items() if key not in own}
         method = own.get("method", "per_token")
         if method != "per_token" and (own.get("basis", "none") != "none" or own.get("high_share")):
             raise ValueError(f"{method} takes no basis and no high_share; they belong to per_token")
+        if method != "squat" and own.get("metric", "prompt") != "prompt":
+            raise ValueError(f"{method} takes no metric; it belongs to squat")
         return KvCache(**own, options=read_config(method, options))
 
     @field_validator("weights", mode="before")

@@ -4,8 +4,9 @@
     model.generate(**inputs)                              # quantized keys and values, nothing to pass
     new_cache(model)                                      # the same cache for a forward pass of one's own
 
-config.json holds `quantization_config.kv_cache = {method, options, bases: {keys: [layers], values: [layers]}, heads,
-head_dim}`; the bases lie in the shards as `compress_kv.keys.<layer>`, fp32 `[heads, head_dim, head_dim]`.
+config.json holds `quantization_config.kv_cache = {method, options, bases: {keys: [layers], values: [layers], metrics:
+[layers]}, heads, head_dim}`; the bases lie in the shards as `compress_kv.keys.<layer>` and so on, fp32 `[heads, head_dim,
+head_dim]`. Metrics are those of squat, second moments of queries.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from compress.layers import keeping_dtype
 CACHE_MODULE = "compress_kv"
 # What models and generate call the argument: renamed by transformers 5.24, where the old name still works from outside.
 CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
-_SIDES = ("keys", "values")
+SIDES = ("keys", "values", "metrics")
 
 
 class CacheBases(nn.Module):
@@ -33,9 +34,9 @@ class CacheBases(nn.Module):
         super().__init__()
         self.saved = saved
         shape = (saved["heads"], saved["head_dim"], saved["head_dim"])
-        for side in _SIDES:
+        for side in SIDES:
             buffers = nn.Module()
-            for layer in saved["bases"][side]:
+            for layer in _layers_with(saved, side):
                 buffers.register_buffer(str(layer), torch.empty(shape, dtype=torch.float32))
             self.add_module(side, buffers)
 
@@ -48,12 +49,16 @@ class CacheBases(nn.Module):
         return super()._apply(keeping_dtype(fn), recurse)
 
 
+def _layers_with(saved: dict[str, Any], side: str) -> list[int]:
+    return saved["bases"].get(side, []) if side == "metrics" else saved["bases"][side]  # metrics came after format 1
+
+
 def check_saved(saved: Any) -> dict[str, Any]:
     """The `kv_cache` entry of a config.json; CompressError when it is damaged."""
     try:
         read_config(saved["method"], saved["options"])
         sizes_fit = all(type(saved[key]) is int and 0 < saved[key] <= 1 << 16 for key in ("heads", "head_dim"))
-        layers_fit = all(type(layer) is int and layer >= 0 for side in _SIDES for layer in saved["bases"][side])
+        layers_fit = all(type(layer) is int and layer >= 0 for side in SIDES for layer in _layers_with(saved, side))
     except CompressError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -66,7 +71,9 @@ def check_saved(saved: Any) -> dict[str, Any]:
 def expected_tensors(saved: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name, shape and dtype of every basis in the checkpoint."""
     shape = (saved["heads"], saved["head_dim"], saved["head_dim"])
-    return {f"{CACHE_MODULE}.{side}.{layer}": (shape, torch.float32) for side in _SIDES for layer in saved["bases"][side]}
+    return {
+        f"{CACHE_MODULE}.{side}.{layer}": (shape, torch.float32) for side in SIDES for layer in _layers_with(saved, side)
+    }
 
 
 def new_cache(model: nn.Module, **changes: Any) -> KVCache | None:
@@ -80,6 +87,7 @@ def new_cache(model: nn.Module, **changes: Any) -> KVCache | None:
         **{**bases.saved["options"], **changes},
         key_bases=bases.of("keys") or None,
         value_bases=bases.of("values") or None,
+        metrics=bases.of("metrics") or None,
     )
 
 
@@ -90,7 +98,7 @@ def attach(model: nn.Module, method: str, options: dict[str, Any]) -> None:
     saved = {
         "method": method,
         "options": read_config(method, options).model_dump(),
-        "bases": {side: [] for side in _SIDES},
+        "bases": {side: [] for side in SIDES},
         "heads": heads,
         "head_dim": width or config.hidden_size // config.num_attention_heads,
     }

@@ -113,3 +113,32 @@ def test_recipe_mistakes_are_named() -> None:
     ]:
         with pytest.raises(CompressError, match=message):
             Recipe.from_dict({**base, "kv_cache": block})
+
+
+def test_a_calibrated_metric_is_the_queries_of_the_text(tmp_path: Path) -> None:
+    """Kept in the checkpoint, the same for every conversation; Gemma's sliding layers need none."""
+    source = save_tiny(tmp_path / "model", "gemma3_text")
+    recipe = {
+        "weights": {"method": "rtn", "bits": 8},
+        "kv_cache": {"method": "squat", "metric": "calibration", "window": 8, "group_size": 8},
+        "calibration": {"dataset": "python-docs", "samples": 4, "length": 64},
+    }
+    run(source, Recipe.from_dict(recipe), tmp_path / "out")
+    model = compress.load(tmp_path / "out")
+    metrics, cache = model.compress_kv.of("metrics"), new_cache(model)
+    packed = [index for index, layer in enumerate(cache.layers) if not layer.is_sliding]
+    assert sorted(metrics) == packed
+    for index, metric in metrics.items():
+        assert torch.allclose(metric.diagonal(dim1=1, dim2=2).mean(1), torch.ones(metric.shape[0]), atol=1e-4)
+        assert torch.equal(cache.layers[index].given, metric)
+    other = KVCache(model, "squat", window=8, group_size=8)
+    ids = torch.randint(3, 256, (2, 200))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids, past_key_values=other)
+    for index, metric in other.metrics.items():  # random ids and documentation: alike in kind, not in numbers
+        metric = metric / metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        likeness = torch.nn.functional.cosine_similarity(metric.flatten(1), metrics[index].flatten(1))
+        assert (likeness > 0.5).all() and not torch.equal(metric, metrics[index])
+    with pytest.raises(CompressError, match="kivi takes no metric"):
+        Recipe.from_dict({**recipe, "kv_cache": {"method": "kivi", "metric": "calibration"}})
