@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from compress.cache import KVCache
-from compress.cache.attached import CACHE_ARGUMENT, new_cache
+from compress.cache.attached import new_cache
+from compress.cache.layer import CACHE_ARGUMENT
 
 _BATCH = 16  # windows side by side
 _LOGITS = 1 << 26  # numbers: bounds the logits of one call

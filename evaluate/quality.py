@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.cache import KVCache
-from compress.cache.attached import CACHE_ARGUMENT, new_cache
+from compress.cache.attached import new_cache
+from compress.cache.layer import CACHE_ARGUMENT
 from compress.evaluate.decoding import decoded_columns
 
 

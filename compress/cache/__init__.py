@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
-from compress.cache.layer import CacheConfig, PackedLayer
+from compress.cache.layer import CACHE_ARGUMENT, CacheConfig, PackedLayer
 from compress.cache.prefix import read_prefix, write_prefix
 from compress.cache.queries import show_queries
 from compress.errors import CompressError
@@ -122,12 +122,6 @@ class KVCache(Cache):
         """How many tokens may come in one call so that each is answered as if they came one by one."""
         return min(layer.alike() for layer in self.packed)
 
-    @property
-    def metrics(self) -> dict[int, Tensor]:
-        """For squat, the moments of the queries that its layers hold, averaged over the batch: `metrics` of other caches."""
-        found = {index: getattr(layer, "metric", None) for index, layer in enumerate(self.layers)}
-        return {index: metric for index, metric in found.items() if metric is not None}
-
     def save(self, path: str | Path) -> None:
         """Write the conversation so far to a safetensors file, as packed as it is; see `load`."""
         write_prefix(path, self.layers, self.spec)
@@ -163,6 +157,14 @@ class KVCache(Cache):
         """Measured bits per stored key or value element, over all layers; 0 when empty."""
         elements = sum(_layer_bytes(layer)[1] for layer in self.layers)
         return 8 * self.nbytes / elements if elements else 0.0
+
+
+@torch.no_grad()
+def query_moments(model: nn.Module, ids: Tensor) -> dict[int, Tensor]:
+    """`metrics` for `KVCache(model, "squat", metrics=...)` from a text of one's own, token ids `[batch, tokens]`."""
+    cache = KVCache(model, "squat", window=ids.shape[1])  # nothing is packed, so everything is collected
+    model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True)
+    return {index: layer.moment() for index, layer in enumerate(cache.layers) if isinstance(layer, PackedLayer)}
 
 
 def load(method: str) -> ModuleType:

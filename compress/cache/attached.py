@@ -15,15 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.utils import ALL_CACHE_NAMES
 
 from compress.cache import KVCache, read_config
+from compress.cache.layer import CACHE_ARGUMENT
 from compress.errors import CompressError
 from compress.layers import keeping_dtype
 
 CACHE_MODULE = "compress_kv"
-# What models and generate call the argument: renamed by transformers 5.24, where the old name still works from outside.
-CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 SIDES = ("keys", "values", "metrics")
 
 

@@ -125,7 +125,7 @@ class GroupStore:
         codes, scale, minimum = self.round_keys(keys - self._centre()[..., None, :])
         self.key_codes.append(pack(codes.flatten(-2), self.key_bits))
         self.key_affine.append(torch.cat([scale, minimum], dim=-1))
-        rounded = quantize(values, self.value_bits, self._grid("values"), config.fit)
+        rounded = quantize(values, self.value_bits, self._grid("values"))
         self.value_codes.append(pack(rounded.codes.flatten(-2), self.value_bits))
         self.value_affine.append(torch.cat([rounded.scale, rounded.minimum], dim=-1).flatten(-2))
         for rows in (self.exact_keys, self.exact_values):

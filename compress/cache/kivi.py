@@ -37,7 +37,7 @@ class Config(CacheConfig):
     group_size: int = Field(32, ge=8, description="tokens that share a scale in every channel of the keys")
     value_group_size: int = Field(32, ge=8, description="channels that share a scale in every token of the values")
     affine_bits: Literal[8, 16] = Field(16, description="bits of a scale and of a minimum")
-    fit: int = Field(0, ge=0, le=64, description="shrunken ranges tried for every scale; 0: the extremes decide")
+    fit: int = Field(0, ge=0, le=64, description="shrunken ranges tried for every scale of the keys; 0: the extremes decide")
     window: int = Field(32, ge=0, description="newest tokens kept as they came, at least")
     sink_tokens: int = Field(4, ge=0, description="tokens at the start kept as they came")
     exact_prefill: bool = Field(True, description="the call that fills an empty cache attends to its exact states")

@@ -21,8 +21,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from compress.cache.buffer import GrowingRows
+
+# What models and generate call the argument: renamed by transformers 5.24, where the old name still works from outside.
+CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 
 
 class CacheConfig(BaseModel):

@@ -9,7 +9,7 @@ Paper: SQuat, arXiv:2503.24358; the maths and where it differs is `compress.cach
 One metric per row of the batch, so that a row's bytes do not depend on its neighbours; it is fixed when the first group is
 packed. A prompt too short to fill a group goes on collecting. Without any query, as when the cache was made from a config,
 keys are rounded as in KIVI, and one warning says so.
-Cost beside KIVI's: head_dim^2 fp16 numbers per row and head for a metric of the prompt, d^3 per block once.
+Cost beside KIVI's: about head_dim^2 / 2 bytes per row and head, d^3 per block once.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from compress.cache.compensation import corrections, leading, quantize_groups, v
 from compress.cache.groups import GroupStore
 from compress.errors import CompressError
 
-_LARGEST = 60000.0  # of a metric in fp16
-
 
 class Config(kivi.Config):
     block: int = Field(8, ge=1, description="channels rounded together before the rest is corrected")
@@ -41,7 +39,11 @@ class Config(kivi.Config):
 
 
 class QueryStore(GroupStore):
-    """A store whose keys are rounded in the metric of the queries."""
+    """A store whose keys are rounded in the metric of the queries.
+
+    The metric of a prompt is one fp32 row of head_dim^2 numbers until the first group is packed. From then on its correction
+    matrices take its place: a row of int8, and a row with the order of the channels and what 127 stands for.
+    """
 
     config: Config
     known = (*GroupStore.known, "frozen")
@@ -51,14 +53,17 @@ class QueryStore(GroupStore):
         batch, heads, _, width = key_states.shape
         if width % config.block:
             raise CompressError(f"block {config.block} does not divide the head_dim of {width}")
-        self.given, self.frozen = None if given is None else _weighted(given, config), given is not None
-        self._moves: tuple[Tensor, list[Tensor]] | None = None
-        if given is None:
-            self.metric = GrowingRows(batch, heads, width * width, torch.float32, key_states.device, 1)
-            self.metric.append(torch.zeros(batch, heads, 1, width * width, device=key_states.device))
+        self.frozen = False
+        device, moved = key_states.device, sum(size * config.block for size in self._sizes())
+        self.metric = GrowingRows(batch, heads, width * width if given is None else 0, torch.float32, device, 1)
+        self.metric.append(torch.zeros(*self.metric.data.shape, device=device))
+        self.order = GrowingRows(batch, heads, width + 1, torch.float32, device, 1)
+        self.moves = GrowingRows(batch, heads, moved, torch.int8, device, 1)
+        if given is not None:
+            self._freeze(_weighted(given, config).expand(batch, -1, -1, -1))
 
     def buffers(self) -> list[GrowingRows]:
-        return super().buffers() + ([self.metric] if self.given is None else [])
+        return [*super().buffers(), self.metric, self.order, self.moves]
 
     @property
     def curious(self) -> bool:
@@ -72,13 +77,25 @@ class QueryStore(GroupStore):
         if not self.frozen:
             self.metric.rows()[:, :, 0] += torch.einsum("bhqtd,bhqte->bhde", queries, queries).flatten(-2)
 
+    def moment(self) -> Tensor:
+        """Sum over the queries so far, `[batch, heads, head_dim, head_dim]` fp32; only before anything is packed."""
+        return self.metric.rows().unflatten(-1, (self.head_dim, -1)).squeeze(2)
+
     def round_keys(self, keys_BHNGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        order, moves = self._corrections()
-        order = order.expand(*keys_BHNGD.shape[:2], -1)
+        if not self.frozen:
+            moment = self.moment()
+            if not moment.any():
+                warnings.warn(
+                    "squat saw no queries and rounds keys as kivi does; give KVCache the model, not its config, or metrics",
+                    stacklevel=2,
+                )
+            self._freeze(_weighted(moment, self.config))
+        order = self.order.rows()[:, :, 0, :-1].long()
         by_group = order[:, :, None, None].expand_as(keys_BHNGD)
         codes, scale, minimum = quantize_groups(
-            keys_BHNGD.gather(-1, by_group), self.key_bits, self._grid("keys"), self.config.block, moves, self.config.fit
-        )
+            keys_BHNGD.gather(-1, by_group), self.key_bits, self._grid("keys"), self.config.block, self._moves(),
+            self.config.fit,
+        )  # fmt: skip
         back = order.argsort(dim=-1)  # what is stored is in the model's order of channels
         by_channel = back[:, :, None].expand_as(scale)
         return (
@@ -87,34 +104,27 @@ class QueryStore(GroupStore):
             minimum.gather(-1, by_channel),
         )
 
-    def _corrections(self) -> tuple[Tensor, list[Tensor]]:
-        if self._moves is None:
-            metric = self.given if self.given is not None else self._of_the_prompt()
-            order = visiting_order(metric, natural=self.config.natural_order)
-            self._moves = order, corrections(metric, order, self.config.block, self.config.cap) if metric.any() else []
-        return self._moves
+    def _freeze(self, metric: Tensor) -> None:
+        """Put the corrections in the metric's place."""
+        order = visiting_order(metric, natural=self.config.natural_order)
+        moves = corrections(metric, order, self.config.block, self.config.cap)
+        flat = torch.cat([move.flatten(2) for move in moves], dim=-1) if moves else metric.flatten(2)[..., :0].float()
+        unit = flat.abs().amax(dim=-1, keepdim=True) / 127 if moves else flat.new_zeros(*flat.shape[:2], 1)
+        self.order.append(torch.cat([order.float(), unit], dim=-1).unsqueeze(2))
+        self.moves.append((flat / torch.where(unit > 0, unit, 1)).round().to(torch.int8).unsqueeze(2))
+        self.metric.data, self.frozen = self.metric.data[..., :0].clone(), True
 
-    def _of_the_prompt(self) -> Tensor:
-        """The collected moment, weighted, `[batch, heads, head_dim, head_dim]`; it stays from now on, in fp16."""
-        shape = (self.head_dim, self.head_dim)
-        if not self.frozen:
-            self.frozen = True
-            metric = self.metric.rows().unflatten(-1, shape).squeeze(2)
-            if not metric.any():
-                warnings.warn(
-                    "squat saw no queries and rounds keys as kivi does; give KVCache the model, not its config, or metrics",
-                    stacklevel=2,
-                )
-            self.metric.data = _weighted(metric, self.config).clamp(-_LARGEST, _LARGEST).flatten(-2).unsqueeze(2).half()
-        return self.metric.rows().unflatten(-1, shape).squeeze(2).float()
+    def _sizes(self) -> range:
+        """Channels behind each block but the last."""
+        return range(self.head_dim - self.config.block, 0, -self.config.block)
 
-    def select(self, indices: Tensor) -> None:
-        super().select(indices)
-        self._moves = None
-
-    def repeat(self, repeats: int) -> None:
-        super().repeat(repeats)
-        self._moves = None
+    def _moves(self) -> list[Tensor]:
+        """The corrections as they are stored; none where all are zero."""
+        unit, block = self.order.rows()[:, :, 0, -1:], self.config.block
+        if not unit.any():
+            return []
+        flat = self.moves.rows()[:, :, 0].float() * unit
+        return [move.unflatten(-1, (-1, block)) for move in flat.split([size * block for size in self._sizes()], dim=-1)]
 
 
 class Layer(kivi.Layer):
@@ -133,16 +143,9 @@ class Layer(kivi.Layer):
         super().__init__(config, key_basis, value_basis)
         self.given = metric
 
-    @property
-    def metric(self) -> Tensor | None:
-        """The moment of the queries `[kv heads, head_dim, head_dim]`, given or the mean over the batch's rows so far."""
-        if self.given is not None:
-            return self.given
-        rows = [store.metric.rows() for store in self.stores]
-        if not rows:
-            return None
-        width = self.stores[0].head_dim
-        return torch.cat(rows).float().mean(dim=0).unflatten(-1, (width, width)).squeeze(1)
+    def moment(self) -> Tensor:
+        """Sum of the queries' outer products over the batch so far, `[kv heads, head_dim, head_dim]`."""
+        return torch.cat([store.moment() for store in self.stores]).sum(dim=0)
 
     def new_store(self, rows: Tensor, key_states: Tensor, value_states: Tensor) -> GroupStore:
         _, heads, _, width = key_states.shape

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress.cache import KVCache
+from compress.cache import KVCache, query_moments
 from compress.cache.attached import new_cache
 from compress.errors import CompressError
 from compress.evaluate.quality import empty_cache, log_probabilities
@@ -131,14 +131,16 @@ def test_a_calibrated_metric_is_the_queries_of_the_text(tmp_path: Path) -> None:
     for index, metric in metrics.items():
         assert torch.allclose(metric.diagonal(dim1=1, dim2=2).mean(1), torch.ones(metric.shape[0]), atol=1e-4)
         assert torch.equal(cache.layers[index].given, metric)
-    other = KVCache(model, "squat", window=8, group_size=8)
     ids = torch.randint(3, 256, (2, 200))
     with torch.no_grad():
         model(ids, past_key_values=cache)
-        model(ids, past_key_values=other)
-    for index, metric in other.metrics.items():  # random ids and documentation: alike in kind, not in numbers
-        metric = metric / metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    assert all(cache.layers[index].stores[0].moves.rows().any() for index in packed)
+    own = query_moments(model, ids)
+    assert sorted(own) == packed
+    for index, metric in own.items():  # random ids and documentation: alike in kind, not in numbers
         likeness = torch.nn.functional.cosine_similarity(metric.flatten(1), metrics[index].flatten(1))
         assert (likeness > 0.5).all() and not torch.equal(metric, metrics[index])
+    with torch.no_grad():
+        model(ids, past_key_values=KVCache(model, "squat", metrics=own, window=8))
     with pytest.raises(CompressError, match="kivi takes no metric"):
         Recipe.from_dict({**recipe, "kv_cache": {"method": "kivi", "metric": "calibration"}})

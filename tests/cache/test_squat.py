@@ -146,7 +146,8 @@ def test_generation_collects_the_queries_of_the_prompt(family: str) -> None:
         assert torch.equal(greedy(model, ids, cache, new=4), dense)
     packed = next(item for item in cache.layers if isinstance(item, squat.Layer))
     (store,) = packed.stores
-    assert store.frozen and store.metric.rows().any() and store.key_codes.length > 3
+    assert store.frozen and store.moves.rows().any() and store.key_codes.length > 3
+    assert not store.metric.nbytes, "the corrections take the place of the metric"
 
 
 @pytest.mark.parametrize("method", ["kivi", "squat"])
@@ -296,3 +297,34 @@ def test_searches_run_on_it(method: str, search: dict[str, Any]) -> None:
     want = greedy(model, ids, compress.KVCache(model, bits=16), new=8, **search)
     got = greedy(model, ids, KVCache(model, method, bits=8, window=8, group_size=8), new=8, **search)
     assert torch.equal(got, want)
+
+
+def test_what_is_stored_corrects_as_what_was_computed() -> None:
+    """Eight bits of a correction are enough: the error that queries see stays where it was."""
+    given = metric()
+    store = squat.QueryStore(read_config("squat", {"block": 8}), torch.arange(1), *[states(0, batch=1)] * 2, given)
+    weighted = 10 * given / given.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    want = corrections(weighted, visiting_order(weighted), 8)
+    for stored, exact in zip(store._moves(), want, strict=True):
+        assert (stored[0] - exact).abs().max() <= 1.01 * max(float(move.abs().max()) for move in want) / 254
+    assert sum(rows.nbytes for rows in (store.metric, store.order, store.moves)) == 2 * (64 * 56 // 2 + 65 * 4)
+
+
+@pytest.mark.parametrize("method", [kivi, squat])
+def test_tokens_that_are_alike_may_come_at_once(method: Any) -> None:
+    """What one call of `alike` tokens reads is what each of them reads alone."""
+    keys, values, given = states(200), states(200), metric()
+    options = {"sink_tokens": 4, "window": 20, "group_size": 16}
+    whole, single = (layer(method, given, **options) for _ in range(2))
+    for cache in (whole, single):
+        cache.update(keys[:, :, :30], values[:, :, :30])
+    at, calls = 30, 0
+    while at < 200:
+        count = min(whole.alike(), 200 - at)
+        together = whole.update(keys[:, :, at : at + count], values[:, :, at : at + count])
+        for index in range(count):
+            step = slice(at + index, at + index + 1)
+            alone = single.update(keys[:, :, step], values[:, :, step])
+            assert all(torch.equal(a, b[:, :, : at + index + 1]) for a, b in zip(alone, together, strict=True))
+        at, calls = at + count, calls + 1
+    assert calls == 2 + (200 - 4 - 20) // 16 - 1
