@@ -26,7 +26,7 @@ from compress.kernels.notice import reference_runs
 
 MOST_TOKENS = 16  # above, weights are multiplied out: they are read once for all tokens, and MKL is faster
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
 @cache
@@ -165,6 +165,31 @@ def expanded_sparse(
         ctypes.c_int(torch.get_num_threads()),
     )
     return out
+
+
+def expand_groups(
+    packed: Tensor, affine: Tensor, bits: int, runs: int, out: Tensor, units: Tensor | None, centre: Tensor | None
+) -> None:
+    """Write groups of a KV cache multiplied out into `[batch, heads, tokens, channels]` fp32 or bf16.
+
+    Batch and heads of every tensor must be one dimension in memory, up to 512 runs; see `compress.kernels.affine_groups`.
+    """
+    batch, heads, tokens, channels = out.shape
+    rows = packed.shape[2]
+    eight_bits = affine.dtype == torch.uint8
+
+    def outer(tensor: Tensor) -> int:
+        return tensor.stride(1) if heads > 1 else tensor.stride(0)
+
+    extra = [None if tensor is None else tensor.float().contiguous() for tensor in (units, centre)]
+    compiled().expand_groups(
+        _pointer(packed), *map(ctypes.c_long, (outer(packed), packed.stride(2))),
+        _pointer(affine), *map(ctypes.c_long, (outer(affine), affine.stride(2))), ctypes.c_int(eight_bits),
+        *(None if tensor is None else _pointer(tensor) for tensor in extra),
+        _pointer(out), ctypes.c_int(out.dtype == torch.bfloat16), *map(ctypes.c_long, (outer(out), out.stride(2))),
+        *map(ctypes.c_long, (batch * heads, rows, tokens // rows, runs, channels // runs)),
+        *map(ctypes.c_int, (bits, torch.get_num_threads())),
+    )  # fmt: skip
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

@@ -383,3 +383,82 @@ extern "C" void expand_sparse(const void* packed, const uint16_t* w_scale, const
         }
     }
 }
+
+// Groups of a KV cache multiplied out: code * scale + minimum. A row holds G tokens of S runs of `run` channels; a scale and a
+// minimum belong to each run, stored as bf16 or e4m3 (in the units of the outer index), less a centre where there is one.
+static float e4m3(uint8_t byte) {
+    const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+    const float size = exponent ? std::ldexp(1 + mantissa / 8.0f, exponent - 7) : std::ldexp(mantissa / 8.0f, -6);
+    return byte >> 7 ? -size : size;
+}
+
+struct EightBits {
+    float value[256];
+    EightBits() { for (int byte = 0; byte < 256; byte++) value[byte] = e4m3(uint8_t(byte)); }
+};
+static const EightBits E4M3;
+
+static inline void put(void* out, long at, float value, int narrow) {
+    if (!narrow) { ((float*)out)[at] = value; return; }
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    ((uint16_t*)out)[at] = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
+}
+
+extern "C" void expand_groups(const uint8_t* packed, long packed_outer, long packed_row, const void* affine, long affine_outer,
+                              long affine_row, int eight_bits, const float* units, const float* centre, void* out, int narrow,
+                              long out_outer, long out_token, long outer, long rows, long G, long S, long run, int bits,
+                              int threads) {
+    const long width = S * run, row_bytes = (G * width + 7) / 8 * bits;
+    const bool whole = width % 8 == 0 && (run == 1 || run % 8 == 0);
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+    for (long o = 0; o < outer; o++)
+        for (long r = 0; r < rows; r++) {
+            const uint8_t* row = packed + o * packed_outer + r * packed_row;
+            const long first = o * affine_outer + r * affine_row;
+            float scale[512], start[512];  // of the runs
+            for (long s = 0; s < S; s++) {
+                if (eight_bits) {
+                    scale[s] = E4M3.value[((const uint8_t*)affine)[first + s]] * units[2 * o];
+                    start[s] = E4M3.value[((const uint8_t*)affine)[first + S + s]] * units[2 * o + 1];
+                } else {
+                    scale[s] = bf16(((const uint16_t*)affine)[first + s]);
+                    start[s] = bf16(((const uint16_t*)affine)[first + S + s]);
+                }
+            }
+            for (long g = 0; g < G; g++) {
+                const long to = o * out_outer + (r * G + g) * out_token;
+                for (long c = 0; c < width;) {
+                    const long k = g * width + c, at = k / 8 * bits;
+                    const uint64_t codes = eight_codes(row + at, bits, row_bytes - at) >> (k % 8 * 8);
+#if defined(__AVX2__)
+                    if (whole) {
+                        const __m256 value = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(codes)));
+                        const __m256 step = run == 1 ? _mm256_loadu_ps(scale + c) : _mm256_set1_ps(scale[c / run]);
+                        const __m256 low = run == 1 ? _mm256_loadu_ps(start + c) : _mm256_set1_ps(start[c / run]);
+                        // multiplied and added apart (-ffp-contract=off), as torch does: a fused one rounds otherwise
+                        __m256 x = _mm256_add_ps(_mm256_mul_ps(value, step), low);
+                        if (centre) x = _mm256_add_ps(x, _mm256_loadu_ps(centre + o * width + c));
+                        if (narrow) {
+                            float eight[8];
+                            _mm256_storeu_ps(eight, x);
+                            for (int i = 0; i < 8; i++) put(out, to + c + i, eight[i], 1);
+                        } else {
+                            _mm256_storeu_ps((float*)out + to + c, x);
+                        }
+                        c += 8;
+                        continue;
+                    }
+#endif
+                    const long most = 8 - k % 8 < width - c ? 8 - k % 8 : width - c;
+                    for (long i = 0; i < most; i++) {
+                        const float product = float(codes >> (8 * i) & 255) * scale[(c + i) / run];
+                        float x = product + start[(c + i) / run];
+                        if (centre) x += centre[o * width + c + i];
+                        put(out, to + c + i, x, narrow);
+                    }
+                    c += most;
+                }
+            }
+        }
+}

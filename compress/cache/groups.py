@@ -24,9 +24,10 @@ from torch import Tensor
 
 from compress.cache.buffer import GrowingRows
 from compress.cache.compensation import quantize_groups
-from compress.cache.quantizer import EIGHT_BITS, Grid, dequantize, quantize
+from compress.cache.quantizer import Grid, quantize
 from compress.errors import CompressError
-from compress.kernels.pack import pack, packed_width, unpack
+from compress.kernels.affine_groups import EIGHT_BITS, expand_groups
+from compress.kernels.pack import pack, packed_width
 
 _ONE = 1 / 16  # of the first group's largest scale or minimum is 1.0 in eight bits, whose end is 448
 
@@ -42,7 +43,7 @@ class GroupStore:
         self.waiting = False  # for the queries of the tokens that came last, before anything is packed
         batch, heads, _, self.head_dim = key_states.shape
         self.value_dim = value_states.shape[-1]
-        self.key_bits, self.value_bits = config.key_bits or config.bits, config.value_bits or config.bits
+        self.key_bits, self.value_bits = config.key_bits or min(8, config.bits + 1), config.value_bits or config.bits
         self.value_group = min(config.value_group_size, self.value_dim)
         if self.value_dim % self.value_group:
             raise CompressError(f"value_group_size {self.value_group} does not divide the head_dim of {self.value_dim}")
@@ -127,7 +128,7 @@ class GroupStore:
         self.key_affine.append(torch.cat([scale, minimum], dim=-1))
         rounded = quantize(values, self.value_bits, self._grid("values"))
         self.value_codes.append(pack(rounded.codes.flatten(-2), self.value_bits))
-        self.value_affine.append(torch.cat([rounded.scale, rounded.minimum], dim=-1).flatten(-2))
+        self.value_affine.append(torch.cat([rounded.scale, rounded.minimum], dim=-2).squeeze(-1))
         for rows in (self.exact_keys, self.exact_values):
             rows.remove(start, count)
         self.settled = True
@@ -146,30 +147,20 @@ class GroupStore:
     def _centre(self) -> Tensor:
         return self.reference.rows()[..., : self.head_dim]
 
-    def _grid(self, side: str) -> Grid:
-        """Units `[batch, heads, 1, 1, 1]`."""
+    def _units(self, side: str) -> Tensor | None:
+        """What 1.0 stands for in scales and minima `[batch, heads, 2]`; None where they have 16 bits."""
         if self.affine_dtype != EIGHT_BITS:
-            return Grid(self.affine_dtype)
+            return None
         first = self.head_dim + (0 if side == "keys" else 2)
-        return Grid(EIGHT_BITS, *self.reference.rows()[..., first : first + 2].unsqueeze(-1).split(1, dim=-2))
+        return self.reference.rows()[:, :, 0, first : first + 2]
+
+    def _grid(self, side: str) -> Grid:
+        units = self._units(side)
+        return Grid(self.affine_dtype) if units is None else Grid(EIGHT_BITS, *units[..., None, None, None].unbind(2))
 
     def round_keys(self, keys_BHNGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, scales and minima of whole groups; see `quantize_groups`."""
         return quantize_groups(keys_BHNGD, self.key_bits, self._grid("keys"), self.head_dim, [], self.config.fit)
-
-    def packed_keys(self) -> Tensor:
-        """Packed keys `[batch, heads, tokens, head_dim]` fp32."""
-        size = self.config.group_size
-        codes = unpack(self.key_codes.rows(), self.key_bits, size * self.head_dim).unflatten(-1, (size, self.head_dim))
-        scale, minimum = self.key_affine.rows().unsqueeze(-2).chunk(2, dim=-1)
-        keys = dequantize(codes, scale, minimum, self._grid("keys"))
-        return keys.add_(self._centre()[..., None, :]).flatten(2, 3)
-
-    def packed_values(self) -> Tensor:
-        """Packed values `[batch, heads, tokens, value_dim]` fp32."""
-        codes = unpack(self.value_codes.rows(), self.value_bits, self.value_dim).unflatten(-1, (-1, self.value_group))
-        scale, minimum = self.value_affine.rows().unflatten(-1, (-1, 2)).split(1, dim=-1)
-        return dequantize(codes, scale, minimum, self._grid("values")).flatten(-2)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """All keys and values in the dtypes they came in."""
@@ -177,11 +168,21 @@ class GroupStore:
             exact = self.exact_keys.rows(), self.exact_values.rows()
             return tuple(rows.clone() for rows in exact) if self.waiting else exact  # packed before attention reads them
         sinks = self.config.sink_tokens
-        sides = (self.exact_keys.rows(), self.packed_keys()), (self.exact_values.rows(), self.packed_values())
-        keys, values = (
-            torch.cat([exact[:, :, :sinks], packed.to(exact.dtype), exact[:, :, sinks:]], dim=2) for exact, packed in sides
-        )
-        return keys, values
+        packed, whole = self.value_codes.length, []
+        for exact, expand in ((self.exact_keys.rows(), self._expand_keys), (self.exact_values.rows(), self._expand_values)):
+            states = exact.new_empty(*exact.shape[:2], exact.shape[2] + packed, exact.shape[3])
+            states[:, :, :sinks], states[:, :, sinks + packed :] = exact[:, :, :sinks], exact[:, :, sinks:]
+            expand(states[:, :, sinks : sinks + packed])
+            whole.append(states)
+        return whole[0], whole[1]
+
+    def _expand_keys(self, out: Tensor) -> None:
+        units, centre = self._units("keys"), self._centre().squeeze(2)
+        expand_groups(self.key_codes.rows(), self.key_affine.rows(), self.key_bits, self.head_dim, out, units, centre)
+
+    def _expand_values(self, out: Tensor) -> None:
+        runs = self.value_dim // self.value_group
+        expand_groups(self.value_codes.rows(), self.value_affine.rows(), self.value_bits, runs, out, self._units("values"))
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens; of a cut group the kept ones go back to the window as they read."""
@@ -194,7 +195,7 @@ class GroupStore:
             return
         groups = max(0, length - sinks) // size
         rest = slice(groups * size, max(0, length - sinks))
-        again = [self.packed_keys()[:, :, rest], self.packed_values()[:, :, rest]]
+        again = [states[:, :, sinks : sinks + packed][:, :, rest].clone() for states in self.read()]
         for rows, states in zip((self.exact_keys, self.exact_values), again, strict=True):
             rows.crop(min(length, sinks))
             rows.append(states.to(rows.data.dtype))

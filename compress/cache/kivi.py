@@ -32,12 +32,12 @@ from compress.errors import CompressError
 
 class Config(CacheConfig):
     bits: int = Field(2, ge=2, le=8, description="bits of a code")
-    key_bits: int | None = Field(None, ge=2, le=8, description="bits of keys where they differ from `bits`")
-    value_bits: int | None = Field(None, ge=2, le=8, description="bits of values where they differ from `bits`")
-    group_size: int = Field(32, ge=8, description="tokens that share a scale in every channel of the keys")
+    key_bits: int | None = Field(None, ge=2, le=8, description="bits of keys; null: one more than `bits`, up to 8")
+    value_bits: int | None = Field(None, ge=2, le=8, description="bits of values; null: `bits`")
+    group_size: int = Field(64, ge=8, description="tokens that share a scale in every channel of the keys")
     value_group_size: int = Field(32, ge=8, description="channels that share a scale in every token of the values")
-    affine_bits: Literal[8, 16] = Field(16, description="bits of a scale and of a minimum")
-    fit: int = Field(0, ge=0, le=64, description="shrunken ranges tried for every scale of the keys; 0: the extremes decide")
+    affine_bits: Literal[8, 16] = Field(8, description="bits of a scale and of a minimum")
+    fit: int = Field(5, ge=0, le=64, description="shrunken ranges tried for every scale of the keys; 0: the extremes decide")
     window: int = Field(32, ge=0, description="newest tokens kept as they came, at least")
     sink_tokens: int = Field(4, ge=0, description="tokens at the start kept as they came")
     exact_prefill: bool = Field(True, description="the call that fills an empty cache attends to its exact states")

@@ -160,11 +160,15 @@ class Side:
             return exact
         out = exact.new_empty(*exact.shape[:2], exact.shape[2] + self.codes.length, self.head_dim)
         out[:, :, : exact.shape[2]] = exact
-        rest = out[:, :, exact.shape[2] :].split(_CHUNK, dim=2)
+        rest = out[:, :, exact.shape[2] :]
+        if self.basis is None:
+            decode(self.codes.rows(), self.affine.rows(), self.parts, rest)
+            return out
         stored = zip(self.codes.rows().split(_CHUNK, dim=2), self.affine.rows().split(_CHUNK, dim=2), strict=True)
-        for target, (codes, affine) in zip(rest, stored, strict=True):
-            values = decode(codes, affine, self.parts)
-            target.copy_(values if self.basis is None else values @ self.basis.mT)
+        for target, (codes, affine) in zip(rest.split(_CHUNK, dim=2), stored, strict=True):
+            values = torch.empty(target.shape, device=target.device)
+            decode(codes, affine, self.parts, values)
+            target.copy_(values @ self.basis.mT)
         return out
 
     def truncate(self, length: int) -> None:

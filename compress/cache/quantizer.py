@@ -6,11 +6,13 @@ or one channel of some tokens (keys of `kivi` and `squat`). n numbers at b bits:
     minimum = min x        scale = (max x - minimum) / (2^b - 1)        code = round((x - minimum) / scale)
     read back as minimum + scale code, so every error is at most scale / 2
 
-**The grid.** Scale and minimum are stored in 16 bits (fp16 or bf16) or 8 (e4m3, in units that belong to a head), and codes
-are taken on the rounded grid. Rounded to nearest, the ends of the range would fall off it by up to half a step at 8 bits.
-So the minimum is rounded DOWN, the scale is computed from that minimum and rounded UP: nothing is clipped, and a step is at
-most 2^-7 wider, twice that where the minimum is not exact. It moves by 2^-7 |minimum|, little unless all numbers lie far
-from 0 on one side; keys are stored less a centre for that reason.
+**The grid.** Scale and minimum are stored in 16 bits (fp16 or bf16) or in 8 (e4m3, in units that belong to a head), and
+codes are taken on the rounded grid. In 16 bits the minimum is rounded DOWN, the scale is computed from that minimum and
+rounded UP: nothing is clipped (rounded to nearest, the ends of the range would be off the grid by up to half a step of 8
+bits), and a step is at most 2^-7 wider, twice that where the minimum is not exact. It moves by 2^-7 |minimum|, little unless
+all numbers lie far from 0 on one side; keys are stored less a centre for that reason. In 8 bits the minimum may go to the
+nearest or down and the scale to the nearest or up, and the pair of least squared error is taken. At 2 bits that is as good
+as 16 bits: .152 against .156 for 32 normal numbers, .180 with both rounded outward.
 
 **The search.** At 2 bits the extremes waste the grid: for 32 normal numbers the best four levels span 0.7 of their range
 and leave 0.65 of the squared error. With `fit` > 0 so many shrunken ranges are tried, each improved by the least-squares
@@ -31,9 +33,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compress.kernels.pack import pack, packed_width, unpack
+from compress.kernels.affine_groups import EIGHT_BITS, expand_groups
+from compress.kernels.pack import pack, packed_width
 
-EIGHT_BITS = torch.float8_e4m3fn
 _NARROWEST = 0.55  # of the whole range; a normal group of 32 at 2 bits is best near 0.7, one of 128 near 0.6
 
 
@@ -82,6 +84,16 @@ def quantize(x: Tensor, bits: int, grid: Grid, fit: int = 0) -> Rounded:
     """
     x = x.float()
     levels = (1 << bits) - 1
+    if grid.dtype == EIGHT_BITS:
+        low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+        fitted = best_range(x, levels, fit) if fit else None
+        candidates = []
+        for down in (0, -1):
+            minimum = to_grid(fitted[1] if fitted else low, grid, grid.minimum_unit, outward=down)
+            span = (high - minimum.float() * grid.minimum_unit) / levels
+            for up in (0, 1):
+                candidates.append((to_grid(fitted[0] if fitted else span, grid, grid.scale_unit, outward=up), minimum))
+        return _least_error(x, levels, grid, candidates)
     if fit:
         scale, minimum = best_range(x, levels, fit)
         scale, minimum = to_grid(scale, grid, grid.scale_unit), to_grid(minimum, grid, grid.minimum_unit)
@@ -89,9 +101,23 @@ def quantize(x: Tensor, bits: int, grid: Grid, fit: int = 0) -> Rounded:
         minimum = to_grid(x.amin(dim=-1, keepdim=True), grid, grid.minimum_unit, outward=-1)
         above = x.amax(dim=-1, keepdim=True) - minimum.float() * grid.minimum_unit
         scale = to_grid(above / levels, grid, grid.scale_unit, outward=1)
-    step, start = scale.float() * grid.scale_unit, minimum.float() * grid.minimum_unit
-    codes = _nearest(x, step, start, levels)
-    return Rounded(codes.to(torch.uint8), as_bytes(scale), as_bytes(minimum), codes * step + start)
+    return _least_error(x, levels, grid, [(scale, minimum)])
+
+
+def _least_error(x: Tensor, levels: int, grid: Grid, candidates: list[tuple[Tensor, Tensor]]) -> Rounded:
+    """The scale and minimum on the grid, of several, with the least squared error."""
+    best, least = None, None
+    for scale, minimum in candidates:
+        step, start = scale.float() * grid.scale_unit, minimum.float() * grid.minimum_unit
+        codes = _nearest(x, step, start, levels)
+        found = codes, as_bytes(scale), as_bytes(minimum), codes * step + start
+        error = (found[3] - x).square().sum(dim=-1, keepdim=True) if len(candidates) > 1 else None
+        if best is None:
+            best, least = found, error
+        else:
+            better = error < least
+            best, least = tuple(map(torch.where, [better] * 4, found, best)), torch.where(better, error, least)
+    return Rounded(best[0].to(torch.uint8), *best[1:])
 
 
 def best_range(x: Tensor, levels: int, fit: int) -> tuple[Tensor, Tensor]:
@@ -116,12 +142,6 @@ def best_range(x: Tensor, levels: int, fit: int) -> tuple[Tensor, Tensor]:
     return scale, minimum
 
 
-def dequantize(codes: Tensor, scale: Tensor, minimum: Tensor, grid: Grid) -> Tensor:
-    """fp32 values of the codes."""
-    scale, minimum = (from_bytes(stored, grid.dtype).float() for stored in (scale, minimum))
-    return codes.float() * (scale * grid.scale_unit) + minimum * grid.minimum_unit
-
-
 def encode(x: Tensor, parts: list[Part], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Vectors `[..., head_dim]` to rows of bytes `[..., last_byte]` and affine rows `[..., 2 len(parts)]`."""
     packed, affine = [], []
@@ -132,14 +152,11 @@ def encode(x: Tensor, parts: list[Part], dtype: torch.dtype) -> tuple[Tensor, Te
     return torch.cat(packed, dim=-1), torch.cat(affine, dim=-1)
 
 
-def decode(packed: Tensor, affine: Tensor, parts: list[Part]) -> Tensor:
-    """The fp32 vectors that `encode` wrote."""
-    values = []
+def decode(packed: Tensor, affine: Tensor, parts: list[Part], out: Tensor) -> None:
+    """Write the vectors that `encode` wrote into `out` `[batch, heads, tokens, head_dim]`."""
     for index, part in enumerate(parts):
-        codes = unpack(packed[..., part.first_byte : part.last_byte], part.bits, part.stop - part.start)
-        scale, minimum = affine[..., 2 * index : 2 * index + 2].split(1, dim=-1)
-        values.append(dequantize(codes, scale, minimum, Grid(affine.dtype)))
-    return torch.cat(values, dim=-1)
+        codes, pair = packed[..., part.first_byte : part.last_byte], affine[..., 2 * index : 2 * index + 2]
+        expand_groups(codes, pair, part.bits, 1, out[..., part.start : part.stop])
 
 
 def to_grid(x: Tensor, grid: Grid, unit: Tensor | float = 1.0, outward: int = 0) -> Tensor:

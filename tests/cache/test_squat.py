@@ -54,7 +54,7 @@ def test_the_same_bytes_however_a_text_is_cut(method: Any, bits: int, sinks: int
 
 def test_errors_are_within_half_a_step_and_bytes_are_counted() -> None:
     keys, values = states(4 + 64 + 32, dtype=torch.bfloat16), states(100, dtype=torch.bfloat16)
-    cache = layer(kivi, bits=2)
+    cache = layer(kivi, bits=2, key_bits=2, group_size=32, affine_bits=16, fit=0)
     first = cache.update(keys, values)
     assert all(map(torch.equal, first, (keys, values))), "the prompt attends to its own exact states"
     read_keys, read_values = cache.read()
