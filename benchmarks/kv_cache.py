@@ -3,9 +3,10 @@
     python -P benchmarks/kv_cache.py quality MODEL --text FILE [--windows 12 --prompt 512 --decode 512 --caches kivi squat]
     python -P benchmarks/kv_cache.py speed MODEL [--lengths 1024 4096 8192 --caches squat fp8 per_token:bits=4]
 
-**quality.** Every cache decodes the same windows beside the model's plain cache; the prompt is read exactly, the rest as in generation.
-Per cache: KL(plain || cache) in nats per decoded token, its ratio to the first cache's with a standard error paired over
-windows, top-1 agreement, bits per key or value of what is packed and of everything (window, sinks, metric) at the end.
+**quality.** Every cache decodes the same windows beside the model's plain cache; the prompt is read exactly, the rest as in
+generation. Per cache: KL(plain || cache) in nats per decoded token, its ratio to the first cache's with a standard error
+paired over windows, top-1 agreement, bits per key or value of what is packed and of everything (window, sinks, metric) at
+the end.
 
 **speed.** Every cache is filled with the keys and values that the model computes for random tokens, so that all hold the
 same; squat takes its metric from the queries of the first 512 of them. Then all decode in turn, one token each, so that a

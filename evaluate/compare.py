@@ -1,6 +1,6 @@
 """`compress evaluate`: one JSON-ready result and one table, the original beside the compressed model.
 
-    {"protocol": ..., "environment": ..., "compressed": {"quality", "tasks", "checkpoint_bytes", "bits"},
+    {"protocol": ..., "environment": ..., "compressed": {"quality", "tasks", "checkpoint_bytes", "bits", "decoding"},
      "original": the same without bits,
      "difference": {"quality": {figure, figure_stderr}, "tasks": {task: {metric, metric_stderr}}}}
 
@@ -22,6 +22,7 @@ from torch import nn
 from compress.checkpoint import versions
 from compress.errors import CompressError
 from compress.evaluate.quality import differences, empty_cache, finite, mean_and_error, measure
+from compress.evaluate.speed import decoding_speed
 from compress.evaluate.tasks import TaskResult, run_tasks
 from compress.evaluate.text import make_windows
 from compress.layers import compressed_matrices
@@ -32,6 +33,11 @@ _BITS = {
     "bits_per_weight": "bits of a weight",
     "bits_per_activation": "bits of an activation",
     "bits_per_key_or_value": "bits of a key or value",
+}
+_DECODING = {
+    "tokens_per_second": ("decoding, tokens per second", 1),
+    "cache_bytes": ("KV cache of one window, MB", 1e6),
+    "peak_memory_bytes": ("peak memory, MB", 1e6),
 }
 _OF_THE_ORIGINAL = {"kl": 0.0, "top1_agreement": 1.0}  # by definition
 
@@ -94,6 +100,10 @@ def compare(
         if theirs is not None:
             result["original"]["quality"] = theirs.summary() | _OF_THE_ORIGINAL
             result["difference"]["quality"] = differences(ours, theirs)
+        if own is not None:
+            for side, which in (("original", original), ("compressed", model)):
+                if which is not None:
+                    result[side]["decoding"] = decoding_speed(which, tokens.ids[0])
     if tasks:
         result["environment"]["versions"]["lm_eval"] = metadata.version("lm-eval")
         result["protocol"] |= {"limit": limit, "shots": shots, "task_data": None if data is None else str(data)}
@@ -165,6 +175,10 @@ def table(result: dict[str, Any]) -> Table:
     for key, label in _BITS.items():
         if key in bits:
             table.add_row(label, "", f"{bits[key]:.2f}", "")
+    for key, (label, unit) in _DECODING.items():
+        cells = [side["decoding"][key] / unit if side.get("decoding", {}).get(key) else None for side in sides[:2]]
+        if cells[1]:
+            table.add_row(label, *("" if cell is None else f"{cell:.4g}" for cell in cells), "")
     before, after = (side.get("checkpoint_bytes") for side in sides[:2])
     if after is not None:
         change = f"{100 * (after / before - 1):+.1f} %" if before else ""

@@ -149,6 +149,10 @@ def test_recipes_may_ask_for_squat(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = {**tiny_recipe(), "weights": {"method": "rtn", "bits": 8}, "kv_cache": {"method": "squat", "group_size": 8}}
     run(tiny_llama, Recipe.from_dict(recipe), tmp_path / "out")
     result = compare(compress.load(tmp_path / "out"), tiny_tokenizer(), dataset="python-docs", length=64, windows=2)
+    decoding = result["compressed"]["decoding"]
+    cache = new_cache(compress.load(tmp_path / "out"))
+    assert 0 < decoding["cache_bytes"] < 3 * 2 * 2 * 64 * 16 * 4 and decoding["tokens_per_second"] > 0  # below fp32's bytes
+    assert cache.nbytes == 0 and decoding["peak_memory_bytes"] > 1e8
     assert result["protocol"]["decoded"] and "the second half of each window" in str(table(result).title)
     with pytest.raises(CompressError, match="squat takes no basis"):
         Recipe.from_dict({**recipe, "kv_cache": {"method": "squat", "basis": "pca"}})
