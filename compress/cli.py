@@ -124,7 +124,7 @@ def evaluate(
         int | None, typer.Option(min=0, help="Examples in the prompt, instead of the task's own number.")
     ] = None,
     kv_cache: Annotated[
-        str | None, typer.Option(help="Read through this KV cache instead of the model's own: '{method: squat, bits: 2}'.")
+        str | None, typer.Option(help="Read through this KV cache instead: a name (squat) or {method: squat, bits: 3}.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON.")] = None,
     device: Device = "auto",
@@ -187,7 +187,8 @@ def _cache_options(text: str | None) -> tuple[str, dict] | None:
 
     if text is None:
         return None
-    options = yaml_mapping(text, "--kv-cache")
+    name = text.strip().isidentifier()  # a bare method, its defaults
+    options = {"method": text.strip()} if name else yaml_mapping(text, "--kv-cache")
     method = options.pop("method", "per_token")
     return method, read_config(method, options).model_dump()
 

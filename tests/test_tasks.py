@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from compress.cache import KVCache, attached
+from compress.cache.attached import attach
 from compress.errors import CompressError
 from compress.evaluate.compare import compare, table, task_differences
 from compress.evaluate.tasks import TaskResult, check_tasks, run_tasks
@@ -46,6 +48,19 @@ def test_tasks_run_offline_and_differences_are_paired(tmp_path: Path) -> None:
     with pytest.raises(CompressError, match=r"tasks piqa: .*give local files"):
         (data / "piqa" / "validation.jsonl").write_text('{"goal": "a"}\n')
         run_tasks(model, tiny_tokenizer(), ["piqa"], data=data)
+
+
+def test_generation_reads_a_fresh_cache_and_likelihoods_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A windowed cache's prompt is exact, so a likelihood through it would look lossless."""
+    data, model = task_files(tmp_path), tiny_model("llama")
+    attach(model, "squat", {"window": 8, "group_size": 8})
+    made: list[KVCache] = []
+    fresh = attached.new_cache
+    monkeypatch.setattr(attached, "new_cache", lambda *args, **kwargs: made.append(fresh(*args, **kwargs)) or made[-1])
+    run_tasks(model, tiny_tokenizer(), ["piqa"], data=data)
+    assert not made
+    run_tasks(model, tiny_tokenizer(), ["gsm8k"], data=data, shots=0)
+    assert made and len({id(cache) for cache in made}) == len(made) and all(cache.packed_bits_per_element for cache in made)
 
 
 def test_paired_errors_need_one_number_per_document() -> None:

@@ -88,7 +88,7 @@ class Layer(PackedLayer):
         packed = [side for side in self.sides if side.buffers]
         return (
             sum(side.codes.nbytes + side.affine.nbytes for side in packed),
-            sum(side.codes.length * side.exact.data[:, :, 0].numel() for side in packed),
+            sum(side.codes.rows()[..., 0].numel() * side.head_dim for side in packed if side.kept is not None),
         )
 
 
