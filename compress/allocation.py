@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
@@ -91,13 +92,34 @@ def _minds(job: Job, option: str, value: str) -> bool:
 
 
 def _is_open(job: Job) -> bool:
-    method, options, inputs = methods.load(job.rule.method), job.rule.options, job.spec["in_features"]
-    site = methods.Site(inputs, job.spec["out_features"])
-    return job.block != HEAD and len(_kinds(method, options)) * len(_alternatives(method, site, options)) > 1
+    method, options = methods.load(job.rule.method), job.rule.options
+    site = methods.Site(job.spec["in_features"], job.spec["out_features"])
+    return job.block != HEAD and len(_kinds(method, site, options)) * len(_alternatives(method, site, options)) > 1
 
 
-def _kinds(method: ModuleType, options: methods.MethodConfig) -> list[methods.MethodConfig]:
-    return method.kinds(options) if hasattr(method, "kinds") else [options]
+def trial_flops(prepared: Prepared) -> float:
+    """Operations of the pass that decides what the rules leave open; 0 where nothing is open."""
+    jobs = [job for job in prepared.plan.jobs if _is_open(job)]
+    if not jobs:
+        return 0.0
+    options = prepared.recipe.calibration
+    tokens = min(_TOKENS, options.samples * options.length)
+    weights = sum(job.spec["in_features"] * job.spec["out_features"] for job in prepared.plan.jobs)
+    passes = 5 if any(_minds(job, "allocation", "search") for job in jobs) else 1  # there, there again, and back
+    total = 2.0 * tokens * weights * passes
+    for job in jobs:
+        method, whole = methods.load(job.rule.method), job.rule.options
+        site = methods.Site(job.spec["in_features"], job.spec["out_features"])
+        for tried in {*_kinds(method, site, whole), *_alternatives(method, site, _kinds(method, site, whole)[0])}:
+            quick = method.quick(tried) if hasattr(method, "quick") else tried
+            with suppress(CompressError):  # what does not fit is not tried
+                spec = job_spec(prepared.model, job.name, prepared.source, job.rule.model_copy(update={"options": tried}))
+                total += method.flops(site.in_features, site.out_features, spec, quick)
+    return total
+
+
+def _kinds(method: ModuleType, site: methods.Site, options: methods.MethodConfig) -> list[methods.MethodConfig]:
+    return method.kinds(site, options) if hasattr(method, "kinds") else [options]
 
 
 def _alternatives(method: ModuleType, site: methods.Site, options: methods.MethodConfig) -> list[methods.MethodConfig]:
@@ -204,7 +226,7 @@ def _tried(prepared: Prepared, job: Job, inputs: SecondMoment) -> list[Candidate
             found[key] = Candidate(changed, packed_bytes(spec), relative(errors, energy), price)
         return found[key]
 
-    forms = _kinds(method, whole)
+    forms = _kinds(method, site, whole)
     if len(forms) > 1:
         prices = [tried.price if (tried := trial(form)) else inf for form in forms]
         forms = [forms[prices.index(min(prices))]]

@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 
 from compress import methods
+from compress.allocation import trial_flops
 from compress.layers import dense_bytes, packed_bytes
 from compress.plan import Job, Plan
 from compress.prepare import Prepared
@@ -35,7 +36,7 @@ def predicted_memory_bytes(prepared: Prepared) -> int:
 
 
 def predicted_seconds(prepared: Prepared) -> float:
-    """Forward passes, Gram matrices and solvers as flops over the speed of one matrix product, measured now."""
+    """Forward passes, Gram matrices, solvers and trials as flops over the speed of one matrix product, measured now."""
     options, plan = prepared.recipe.calibration, prepared.plan
     tokens = options.samples * options.length
     weights = sum(job.spec["in_features"] * job.spec["out_features"] for job in plan.jobs)
@@ -46,7 +47,7 @@ def predicted_seconds(prepared: Prepared) -> float:
         methods.load(job.rule.method).flops(job.spec["in_features"], job.spec["out_features"], job.spec, job.rule.options)
         for job in plan.jobs
     )
-    return (calibration + solving) / _flops_per_second(prepared.device)
+    return (calibration + solving + trial_flops(prepared)) / _flops_per_second(prepared.device)
 
 
 def _flops_per_second(device: torch.device) -> float:

@@ -12,11 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress.allocation import trial_flops
 from compress.blockwise import Silent, start_runner
 from compress.calibrate.sensitivity import StoredStates, output_gradients, through_block
 from compress.errors import CompressError
 from compress.knapsack import choose
 from compress.layers import compressed_matrices, dense_bytes, packed_bytes
+from compress.methods import Site, cospadi
 from compress.model import materialise, materialise_head
 from compress.prepare import prepare
 from compress.recipe import Recipe
@@ -135,6 +137,27 @@ def test_auto_takes_the_better_dictionary(tiny: Path, tmp_path: Path) -> None:
         best = min(entry["candidates"], key=lambda candidate: candidate["price"])
         assert entry["candidates"][entry["chosen"]] == best
         assert specs[name]["unit_atoms"] == best["options"]["dictionary"].startswith("identity")
+    untried = {name.rpartition(".")[2] for name in specs.keys() - record.keys()}
+    assert untried == {"k_proj", "v_proj", "down_proj"}, "more inputs than outputs"
+    assert all(spec["unit_atoms"] and not spec["num_atoms"] for name, spec in specs.items() if name not in record)
+
+
+def test_auto_tries_nothing_where_inputs_outnumber_outputs() -> None:
+    options = cospadi.Config(ratio=0.3)
+    assert [form.dictionary for form in cospadi.kinds(Site(128, 64), options)] == ["identity"]
+    assert len(cospadi.kinds(Site(64, 64), options)) == 3
+
+
+def test_the_dry_runs_time_counts_the_trials(tiny: Path) -> None:
+    flops = {}
+    for name, changes in {
+        "given": {"dictionary": "identity"},
+        "tried": {"dictionary": "auto"},
+        "searched": {"dictionary": "auto", "allocation": "search"},
+    }.items():
+        prepared = prepare(tiny, Recipe.from_dict(tiny_recipe(ratio=0.3, **changes)))
+        flops[name] = trial_flops(prepared)
+    assert flops["given"] == 0 < flops["tried"] < flops["searched"]
 
 
 def test_a_killed_search_resumes_with_the_same_bytes(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ A method file holds
 and nothing else is edited to add one. `plan` raises ValueError when the sizes cannot meet the ratio. Three functions are
 optional, where options leave something to be decided for each matrix by trial (`compress.allocation`):
 
-    kinds(config) -> list[Config]                     forms to compare at equal bytes
+    kinds(site, config) -> list[Config]               forms to compare at equal bytes
     alternatives(site, config) -> list[Config]        sizes to try of one form, each settling everything
     quick(config) -> Config                           the same at less expense, for the trial
 """

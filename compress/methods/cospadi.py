@@ -72,9 +72,15 @@ class Config(BudgetConfig):
         return {2 * 60 + 4: "2:4", 16 * 60 + 32: "16:32"}.get(value, value) if isinstance(value, int) else value
 
 
-def kinds(config: Config) -> list[Config]:
-    """The dictionaries to compare at equal bytes."""
+def kinds(site: Site, config: Config) -> list[Config]:
+    """The dictionaries to compare at equal bytes.
+
+    A matrix with more inputs than outputs (k_proj, v_proj, down_proj) takes unit vectors untried: learned atoms won on one of
+    180 that were measured (docs/log.md), at a third of the time of all trials.
+    """
     names = ("identity", "identity+learned", "learned") if config.dictionary == "auto" else (config.dictionary,)
+    if config.dictionary == "auto" and site.in_features > site.out_features:
+        names = ("identity",)
     return [config.model_copy(update={"dictionary": name}) for name in names]
 
 
