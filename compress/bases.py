@@ -179,10 +179,16 @@ def cache_bases(prepared: Prepared, moments: Moments | None, *, folded: bool) ->
         for side, of_side in sides.items():
             if side == "values" and folded:
                 continue
+            share = kv.query_share if side == "keys" else 0.0
             bases[f"{side}.{index}"] = (
                 hadamard_basis(width).expand(heads, -1, -1).contiguous()
                 if kv.basis == "hadamard"
-                else torch.stack([pca_basis(moment, high, generator) for moment in of_side[index]])
+                else torch.stack(
+                    [
+                        pca_basis(_mixed(moment, lambda query=query: query, share), high, generator)
+                        for moment, query in zip(of_side[index], moments.queries[index], strict=True)
+                    ]
+                )
             )
     return bases
 

@@ -79,7 +79,7 @@ class Rule(_Strict):
         return {"method": self.method, "targets": list(self.targets), **options}
 
 
-_OF_ALL_CACHES = ("method", "basis", "high_share", "metric")
+_OF_ALL_CACHES = ("method", "basis", "high_share", "query_share", "metric")
 
 
 class KvCache(_Strict):
@@ -88,6 +88,9 @@ class KvCache(_Strict):
     method: str = "per_token"
     basis: Literal["pca", "hadamard", "none"] = Field("none", description="in which keys (and values) are quantized")
     high_share: float = Field(0.0, ge=0, le=0.5, description="share of a head's channels in high precision")
+    query_share: float = Field(
+        0.0, ge=0, le=1, description="pca: share of the queries' moments in what picks the keys' directions"
+    )
     metric: Literal["prompt", "calibration"] = Field(
         "prompt",
         description="squat: queries of the prompt, one metric per conversation, or of the calibration text, one for all",
@@ -119,6 +122,8 @@ class Recipe(_Strict):
         method = own.get("method", "per_token")
         if method != "per_token" and (own.get("basis", "none") != "none" or own.get("high_share")):
             raise ValueError(f"{method} takes no basis and no high_share; they belong to per_token")
+        if own.get("query_share") and own.get("basis") != "pca":
+            raise ValueError("query_share mixes moments, so it needs basis: pca")
         if method != "squat" and own.get("metric", "prompt") != "prompt":
             raise ValueError(f"{method} takes no metric; it belongs to squat")
         return KvCache(**own, options=read_config(method, options))

@@ -144,3 +144,21 @@ def test_a_calibrated_metric_is_the_queries_of_the_text(tmp_path: Path) -> None:
         model(ids, past_key_values=KVCache(model, "squat", metrics=own, window=8))
     with pytest.raises(CompressError, match="kivi takes no metric"):
         Recipe.from_dict({**recipe, "kv_cache": {"method": "kivi", "metric": "calibration"}})
+
+
+def test_queries_may_pick_the_keys_directions(tmp_path: Path) -> None:
+    """With their moments alone the high part holds what queries read, not what keys have most of."""
+    source = save_tiny(tmp_path / "model", "llama", head_dim=64)
+    energy = {}
+    for share in (0.0, 1.0):
+        recipe = Recipe.load("resq", [*CHANGES, f"kv_cache.query_share={share}"])
+        run(source, recipe, tmp_path / str(share))
+        basis = compress.load(tmp_path / str(share)).compress_kv.of("keys")[0]
+        moments = query_moments(AutoModelForCausalLM.from_pretrained(source), torch.randint(3, 256, (4, 64)))[0]
+        rotated = basis.mT @ moments @ basis
+        energy[share] = float(
+            (rotated.diagonal(dim1=1, dim2=2)[:, -8:].sum(1) / moments.diagonal(dim1=1, dim2=2).sum(1)).mean()
+        )
+    assert energy[1.0] > 1.2 * energy[0.0], energy
+    with pytest.raises(CompressError, match="needs basis: pca"):
+        Recipe.load("resq", ["kv_cache.query_share=0.5", "kv_cache.basis=hadamard"])
