@@ -34,7 +34,9 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_laye
 from compress.cache.layer import CACHE_ARGUMENT, CacheConfig, PackedLayer
 from compress.cache.prefix import read_prefix, write_prefix
 from compress.cache.queries import show_queries
+from compress.cache.wave import waves_of
 from compress.errors import CompressError
+from compress.model import head_width
 from compress.suggest import unknown
 
 METHODS = ("fp8", "kivi", "per_token", "squat")
@@ -100,8 +102,10 @@ class KVCache(Cache):
         super().__init__(layers=layers, offloading=offloading)
         if not packed.reads_in_one_pass and isinstance(model_or_config, nn.Module):
             show_queries(model_or_config)
-            for layer in self.packed:
-                layer.watched = True
+            waves = waves_of(model_or_config, head_width(model_or_config))
+            for index, layer in enumerate(self.layers):
+                if isinstance(layer, PackedLayer):
+                    layer.watched, layer.wave = True, waves.get(index)
 
     @property
     def spec(self) -> dict[str, Any]:

@@ -7,7 +7,8 @@ left-padded batch has the sinks, the groups and the bytes that it would have alo
     key_codes                    one row per group, `[group_size, head_dim]` codes packed token after token
     key_affine                   one row per group, head_dim scales and head_dim minima, of the keys less the centre
     value_codes, value_affine    one row per token, a scale and a minimum for every `value_group_size` channels
-    reference                    one row: the centre (mean key of the first group), the units of 8-bit scales and minima
+    reference                    one row: the centre (mean key of the first group), the units of 8-bit scales and minima,
+                                 and whether the wave of the key bias is taken off first (`compress.cache.wave`)
 
 Centre and units come from the first group alone, however many are rounded at once, so bytes do not depend on how a text
 was cut. A centre is worth it where a channel lies far from 0 (the key biases of Qwen2): a minimum in few bits would be wrong
@@ -25,10 +26,13 @@ from torch import Tensor
 from compress.cache.buffer import GrowingRows
 from compress.cache.compensation import quantize_groups
 from compress.cache.quantizer import Grid, quantize
+from compress.cache.wave import Wave
 from compress.errors import CompressError
 from compress.kernels.affine_groups import EIGHT_BITS, expand_groups
 from compress.kernels.pack import pack, packed_width
 
+_CALMER = 0.5  # a wave that leaves more of the keys' variance than this is not theirs
+_SLICE = 1024  # tokens: bounds fp32 transients
 _ONE = 1 / 16  # of the first group's largest scale or minimum is 1.0 in eight bits, whose end is 448
 
 
@@ -36,6 +40,8 @@ class GroupStore:
     """The tokens of some rows `[batch, heads, tokens, head_dim]`; `rows` are their places in the batch, ascending."""
 
     known: tuple[str, ...] = ("padding", "settled", "waiting")  # beside the tensors, for a saved store
+
+    wave: Wave | None = None  # of the layer's key bias
 
     def __init__(self, config: Any, rows: Tensor, key_states: Tensor, value_states: Tensor) -> None:
         self.config, self.rows, self.padding = config, rows, 0
@@ -63,7 +69,7 @@ class GroupStore:
         tokens = groups * config.group_size
         self.value_codes = new(packed_width(self.value_dim, self.value_bits), torch.uint8, tokens)
         self.value_affine = new(2 * self.value_dim // self.value_group, affine, tokens)
-        self.reference = new(self.head_dim + 4, torch.float32, 1)
+        self.reference = new(self.head_dim + 5, torch.float32, 1)
 
     def buffers(self) -> list[GrowingRows]:
         """Everything that is stored."""
@@ -123,6 +129,8 @@ class GroupStore:
         values = self.exact_values.rows()[:, :, start : start + count].float().unflatten(-1, (-1, self.value_group))
         if not self.reference.length:
             self._refer(keys[:, :, 0], values[:, :, : config.group_size])
+        if (wave := self._wave(start + self.value_codes.length, count)) is not None:
+            keys = keys - wave.unflatten(2, (groups, config.group_size))
         codes, scale, minimum = self.round_keys(keys - self._centre()[..., None, :])
         self.key_codes.append(pack(codes.flatten(-2), self.key_bits))
         self.key_affine.append(torch.cat([scale, minimum], dim=-1))
@@ -134,7 +142,14 @@ class GroupStore:
         self.settled = True
 
     def _refer(self, keys: Tensor, values: Tensor) -> None:
-        """Centre `[head_dim]`, units of the keys' scale and minimum, units of the values'."""
+        """Centre `[head_dim]`, units of the keys' scale and minimum, units of the values', and 1 where the wave is used."""
+        used = keys.new_zeros(*keys.shape[:2], 1, 1)
+        if self.wave is not None:
+            sinks = self.config.sink_tokens
+            wave = self.wave.at(sinks, sinks + keys.shape[2], keys.device)
+            spread = [states.var(dim=2).sum(dim=-1)[..., None, None] for states in (keys, keys - wave)]
+            used = (spread[1] < _CALMER * spread[0]).float()
+            keys = keys - used * wave
         centre = keys.mean(dim=2, keepdim=True).to(self.exact_keys.data.dtype).float()
         units = []
         for groups, bits in (((keys - centre).mT, self.key_bits), (values, self.value_bits)):
@@ -142,7 +157,14 @@ class GroupStore:
             for largest in ((high - low) / ((1 << bits) - 1), low.abs()):
                 largest = _ONE * largest.flatten(2).amax(dim=2)[..., None, None]
                 units.append(torch.where(largest > 0, largest, 1))
-        self.reference.append(torch.cat([centre, *units], dim=-1))
+        self.reference.append(torch.cat([centre, *units, used], dim=-1))
+
+    def _wave(self, start: int, count: int) -> Tensor | None:
+        """The key bias at the tokens from `start` on, `[batch, heads, count, head_dim]`; None where no row uses it."""
+        used = self.reference.rows()[..., -1:]
+        if self.wave is None or not used.any():
+            return None
+        return used * self.wave.at(start, start + count, used.device)
 
     def _centre(self) -> Tensor:
         return self.reference.rows()[..., : self.head_dim]
@@ -178,7 +200,16 @@ class GroupStore:
 
     def _expand_keys(self, out: Tensor) -> None:
         units, centre = self._units("keys"), self._centre().squeeze(2)
-        expand_groups(self.key_codes.rows(), self.key_affine.rows(), self.key_bits, self.head_dim, out, units, centre)
+        step = self.config.group_size * (_SLICE // self.config.group_size or 1)
+        for first in range(0, out.shape[2], step if self.wave is not None else out.shape[2]):
+            part = out[:, :, first : first + step] if self.wave is not None else out
+            wave = self._wave(self.config.sink_tokens + first, part.shape[2])
+            groups = slice(first // self.config.group_size, (first + part.shape[2]) // self.config.group_size)
+            codes, affine = self.key_codes.rows()[:, :, groups], self.key_affine.rows()[:, :, groups]
+            target = part if wave is None else torch.empty(part.shape, device=part.device)  # added before it is rounded
+            expand_groups(codes, affine, self.key_bits, self.head_dim, target, units, centre)
+            if wave is not None:
+                part.copy_(target + wave)
 
     def _expand_values(self, out: Tensor) -> None:
         runs = self.value_dim // self.value_group

@@ -27,6 +27,7 @@ from compress.cache.buffer import GrowingRows, require_same
 from compress.cache.groups import GroupStore
 from compress.cache.layer import CacheConfig, PackedLayer
 from compress.cache.queries import expect_queries
+from compress.cache.wave import Wave
 from compress.errors import CompressError
 
 
@@ -61,6 +62,7 @@ class Layer(PackedLayer):
             raise CompressError("KV cache: kivi and squat take no bases; their keys are rounded channel by channel")
         super().__init__(config)
         self.stores: list[GroupStore] = []
+        self.wave: Wave | None = None
 
     def new_store(self, rows: Tensor, key_states: Tensor, value_states: Tensor) -> GroupStore:
         """An empty store for `rows` of the batch, with room for states like these."""
@@ -68,6 +70,8 @@ class Layer(PackedLayer):
 
     def allocate(self, key_states: Tensor, value_states: Tensor) -> None:
         self.stores = [self.new_store(torch.arange(key_states.shape[0]), key_states, value_states)]
+        if self.wave is not None and self.wave.bias.shape == (key_states.shape[1], key_states.shape[3]):
+            self.stores[0].wave = self.wave
 
     def buffers(self) -> list[GrowingRows]:
         return [buffer for store in self.stores for buffer in store.buffers()]
