@@ -33,7 +33,16 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
 }  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {"x": "*bf16", "packed": "*u8", "scale": "*bf16", "y": "*fp32", "out": "*bf16", "mask": "*u8"}
+POINTERS = {
+    "x": "*bf16",
+    "packed": "*u8",
+    "scale": "*bf16",
+    "y": "*fp32",
+    "out": "*bf16",
+    "mask": "*u8",
+    "units": "*fp32",
+    "centre": "*fp32",
+}
 TILE = {"ROWS": gpu.ROWS, "EIGHTS": gpu.EIGHTS}
 # instructions per weight of the loop on sm_90, as first measured with triton 3.9.0
 BUDGET = {
@@ -52,11 +61,17 @@ def cases(quick: bool) -> list[tuple[str, object, dict]]:
         for bits in widths
     ]
     found += [(f"integer_expand {bits}", gpu.integer_expand, {"BITS": bits, **TILE}) for bits in widths]
+    found += [
+        (f"group_expand {bits}", gpu.group_expand, {"EIGHT_BITS": eight, "CENTRE": eight, "BITS": bits, **TILE})
+        for bits in widths
+        for eight in (True, False)
+    ]
     return found + [(f"sparse_decode {bits}", gpu.sparse_decode, {"BITS": bits, **TILE}) for bits in [*widths, 16]]
 
 
 def compiled(kernel: object, constants: dict, target: str) -> object:
     types = dict(POINTERS, values="*bf16" if constants["BITS"] == 16 else "*u8")
+    types["affine"] = "*u8" if constants.get("EIGHT_BITS") else "*bf16"
     if constants.get("WORDS"):
         types["packed"] = "*i16" if constants["BITS"] == 2 else "*i32"
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}

@@ -5,9 +5,9 @@ other (`compress.kernels.pack`); its affine row holds the scale of every run and
 per channel in groups of 32 tokens: tokens 32, runs head_dim. Values per token in groups of 32 channels: tokens 1, runs
 head_dim / 32.
 
-The plain-torch form is the reference and runs everywhere; on a CPU the C++ kernel gives the same numbers in one pass
-over the bytes. Cost: reading b / 8 bytes and writing 2 or 4 per element; the reference makes about ten passes, in slices
-that bound its transients.
+The plain-torch form is the reference and runs everywhere. On a CPU the C++ kernel gives the same numbers in one pass over
+the bytes, on a GPU the Triton kernel does. Cost: reading b / 8 bytes and writing 2 or 4 per element; the reference makes
+about ten passes, in slices that bound its transients.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.kernels import cpu
+from compress.kernels import cpu, gpu
 from compress.kernels.pack import unpack
 
 EIGHT_BITS = torch.float8_e4m3fn
@@ -42,7 +42,9 @@ def expand_groups(
     """
     if not packed.shape[2]:
         return
-    if _fits(packed, affine, out, runs):
+    if out.is_cuda and gpu.usable(out) and all(map(_one_outer, (packed, affine, out))):
+        gpu.expand_groups(packed, affine, bits, runs, out, units, centre)
+    elif _fits(packed, affine, out, runs):
         cpu.expand_groups(packed, affine, bits, runs, out, units, centre)
     else:
         expand_groups_reference(packed, affine, bits, runs, out, units, centre)
@@ -83,11 +85,11 @@ def affine_values(affine: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor]
 def _fits(packed: Tensor, affine: Tensor, out: Tensor, runs: int) -> bool:
     """Whether the C++ kernel reads these; scales of fp16 and other dtypes are left to the reference."""
     known = affine.dtype in (torch.uint8, torch.bfloat16) and out.dtype in (torch.float32, torch.bfloat16)
-    dense = all(tensor.stride(-1) == 1 and _one_outer(tensor) for tensor in (packed, affine, out))
+    dense = all(map(_one_outer, (packed, affine, out)))
     return known and dense and runs <= 512 and type(out) is Tensor and cpu.usable(out)
 
 
 def _one_outer(tensor: Tensor) -> bool:
-    """Whether batch and heads are one dimension in memory."""
+    """Whether batch and heads are one dimension in memory, and a row is dense."""
     batch, heads = tensor.shape[:2]
-    return batch == 1 or heads == 1 or tensor.stride(0) == heads * tensor.stride(1)
+    return tensor.stride(-1) == 1 and (batch == 1 or heads == 1 or tensor.stride(0) == heads * tensor.stride(1))

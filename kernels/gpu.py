@@ -1,4 +1,4 @@
-"""The Triton kernels: products of few tokens with packed weights, and packed weights multiplied out for many.
+"""The Triton kernels: products of few tokens with packed weights; packed weights and KV caches multiplied out.
 
 One walk serves every width: eight codes of b bits lie in b bytes, so a program takes bytes for some rows and some eights of
 columns, cuts out code i of every eight, i = 0 .. 7, and meets it with inputs 8 e + i. Bitmask-packed rows are walked by
@@ -96,6 +96,46 @@ if triton:
             tl.store(to, value.to(out.dtype.element_ty), mask=used & (k < K)[None, :])
 
     @triton.jit
+    def _affine(at, used, unit, EIGHT_BITS: tl.constexpr):
+        """Scales or minima as fp32: 16-bit floats, or the bytes of e4m3, taken apart because sm_80 does not know it."""
+        stored = tl.load(at, mask=used, other=0)
+        if EIGHT_BITS:
+            byte = stored.to(tl.int32)
+            exponent, mantissa = (byte >> 3) & 15, byte & 7
+            normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
+            size = tl.where(exponent > 0, normal, mantissa.to(tl.float32) * 0.001953125)
+            return tl.where(byte > 127, -size, size) * unit
+        return stored.to(tl.float32)
+
+    @triton.jit
+    def group_expand(
+        packed, affine, units, centre, out, rows, K, width, run, runs,
+        packed_outer, packed_row, affine_outer, affine_row, out_outer, out_token,
+        EIGHT_BITS: tl.constexpr, CENTRE: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, EIGHTS: tl.constexpr,
+    ):  # fmt: skip
+        """out[o, row tokens + k / width, k % width] = code[o, row, k] scale + minimum (+ centre); see `affine_groups`."""
+        r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        e = tl.program_id(1) * EIGHTS + tl.arange(0, EIGHTS)
+        o = tl.program_id(2).to(tl.int64)
+        used = (r < rows)[:, None] & (8 * e < K)[None, :]
+        wide = r.to(tl.int64)[:, None]
+        row, pair = packed + o * packed_outer + wide * packed_row, affine + o * affine_outer + wide * affine_row
+        scale_unit, start_unit = 1.0, 1.0
+        if EIGHT_BITS:
+            scale_unit, start_unit = tl.load(units + 2 * o), tl.load(units + 2 * o + 1)
+        for i in tl.static_range(8):
+            k = 8 * e + i
+            token, channel = k // width, k % width
+            inside = used & (k < K)[None, :]
+            code = _code(row, e[None, :], used, i, BITS).to(tl.float32)
+            at = pair + (channel // run)[None, :]
+            x = code * _affine(at, inside, scale_unit, EIGHT_BITS) + _affine(at + runs, inside, start_unit, EIGHT_BITS)
+            if CENTRE:
+                x += tl.load(centre + o * width + channel, mask=k < K, other=0)[None, :]
+            to = out + o * out_outer + (wide * (K // width) + token[None, :]) * out_token + channel[None, :]
+            tl.store(to, x.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
     def _count(bits):
         """Bits set in numbers below 256."""
         bits = bits - ((bits >> 1) & 0x55)
@@ -171,6 +211,22 @@ def expanded(packed: Tensor, scale_NG: Tensor, bits: int, group_size: int, out_N
     integer_expand[(triton.cdiv(rows, ROWS), triton.cdiv(width, 8 * EIGHTS))](
         packed, scale_NG, out_NK, rows, width, packed.shape[1], scale_NG.shape[1], group_size or width, out_NK.stride(0),
         BITS=bits, ROWS=ROWS, EIGHTS=EIGHTS, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def expand_groups(
+    packed: Tensor, affine: Tensor, bits: int, runs: int, out: Tensor, units: Tensor | None, centre: Tensor | None
+) -> None:
+    """Write groups of a KV cache multiplied out; batch and heads of every tensor must be one dimension in memory."""
+    batch, heads, tokens, channels = out.shape
+    rows = packed.shape[2]
+    codes = tokens // rows * channels
+    extra = [out if tensor is None else tensor.float().contiguous() for tensor in (units, centre)]
+    outer = [tensor.stride(1) if heads > 1 else tensor.stride(0) for tensor in (packed, affine, out)]
+    group_expand[(triton.cdiv(rows, ROWS), triton.cdiv(codes, 8 * EIGHTS), batch * heads)](
+        packed, affine, *extra, out, rows, codes, channels, channels // runs, runs,
+        outer[0], packed.stride(2), outer[1], affine.stride(2), outer[2], out.stride(2),
+        EIGHT_BITS=units is not None, CENTRE=centre is not None, BITS=bits, ROWS=ROWS, EIGHTS=EIGHTS, num_warps=WARPS,
     )  # fmt: skip
 
 

@@ -14,8 +14,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from compress.kernels import gpu
+from compress.kernels.affine_groups import EIGHT_BITS, expand_groups_reference
 from compress.kernels.mixed_precision import dequantize_part
-from compress.kernels.pack import pack_signed
+from compress.kernels.pack import pack, pack_signed
 from compress.kernels.sparse_dictionary import pack_mask
 
 torch.manual_seed(0)
@@ -78,4 +79,29 @@ for bits in (3, 4, 8, 16):
             got = gpu.sparse_product(x, values, scale, pack_mask(mask), units, bits, group)
             name = f"sparse {bits} bits {rows}x{units}+{learned} s {nonzeros} groups of {group} tokens {tokens}"
             note(name, got, x, weight)
+for bits in (2, 3, 4, 8):
+    for rows, per_row, runs, run, kind in (
+        (3, 8, 16, 1, EIGHT_BITS),
+        (37, 1, 2, 24, torch.bfloat16),
+        (5, 3, 7, 1, torch.float16),
+    ):
+        channels = runs * run
+        codes = torch.randint(0, 1 << bits, (2, 3, rows, per_row * channels), dtype=torch.uint8)
+        packed = torch.full((2, 3, rows + 2, pack(codes, bits).shape[-1]), 255, dtype=torch.uint8)  # rows of a larger buffer
+        packed[:, :, :rows] = pack(codes, bits)
+        affine, units = torch.randn(2, 3, rows, 2 * runs).to(kind), None
+        if kind == EIGHT_BITS:
+            affine[0, 0, 0, :4] = torch.tensor([0.0, 2**-9, -(2**-7), 448.0]).to(kind)  # subnormal, and the end
+            affine, units = affine.view(torch.uint8), torch.rand(2, 3, 2) + 0.5
+        centre = torch.randn(2, 3, channels) if run == 1 else None
+        want, out = torch.empty(2, 3, rows * per_row, channels), poisoned(2, 3, rows * per_row + 3, channels + 2)
+        case = (packed[:, :, :rows], affine, bits, runs)
+        expand_groups_reference(*case, want, units, centre)
+        gpu.expand_groups(*case, out[:, :, 2:-1, 1:-1], units, centre)
+        clean = int(out.isnan().sum()) == out.numel() - want.numel()
+        errors[f"groups {bits} bits {rows}x{per_row}x{runs}x{run} {kind}"] = (
+            float(((out[:, :, 2:-1, 1:-1] - want).abs() / want.abs().clamp_min(1)).nan_to_num(nan=1.0).max())
+            if clean
+            else 1.0
+        )
 sys.stdout.write(json.dumps(errors))

@@ -18,7 +18,7 @@ def test_numbers_in_the_interpreter() -> None:
     done = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     errors = json.loads(done.stdout)
-    assert len(errors) > 35
+    assert len(errors) > 47
     worst = max(errors, key=errors.get)
     assert errors[worst] < 1e-6, f"{worst}: {errors[worst]}"  # measured: 1.2e-7, fp32 sums
 
