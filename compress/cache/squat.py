@@ -26,6 +26,8 @@ from compress.cache.compensation import corrections, leading, quantize_groups, v
 from compress.cache.groups import GroupStore
 from compress.errors import CompressError
 
+Corrections = tuple[Tensor, list[Tensor]]  # the order of the channels, and the matrices in it
+
 
 class Config(kivi.Config):
     block: int = Field(8, ge=1, description="channels rounded together before the rest is corrected")
@@ -42,25 +44,26 @@ class QueryStore(GroupStore):
     """A store whose keys are rounded in the metric of the queries.
 
     The metric of a prompt is one fp32 row of head_dim^2 numbers until the first group is packed. From then on its correction
-    matrices take its place: a row of int8, and a row with the order of the channels and what 127 stands for.
+    matrices take its place: a row of int8, and a row with the order of the channels and what 127 stands for. A given metric
+    is the model's and not the conversation's: order `[1, heads, head_dim]` and corrections are the layer's.
     """
 
     config: Config
     known = (*GroupStore.known, "frozen")
 
-    def __init__(self, config: Config, rows: Tensor, key_states: Tensor, value_states: Tensor, given: Tensor | None) -> None:
+    def __init__(
+        self, config: Config, rows: Tensor, key_states: Tensor, value_states: Tensor, given: Corrections | None
+    ) -> None:
         super().__init__(config, rows, key_states, value_states)
         batch, heads, _, width = key_states.shape
-        if width % config.block:
-            raise CompressError(f"block {config.block} does not divide the head_dim of {width}")
-        self.frozen = False
-        device, moved = key_states.device, sum(size * config.block for size in self._sizes())
-        self.metric = GrowingRows(batch, heads, width * width if given is None else 0, torch.float32, device, 1)
+        self.given, self.frozen, device = given, given is not None, key_states.device
+        moved = sum(size * config.block for size in self._sizes())
+        wide = [0, 0, 0] if self.frozen else [width * width, width + 1, moved]
+        dtypes = (torch.float32, torch.float32, torch.int8)
+        self.metric, self.order, self.moves = (
+            GrowingRows(batch, heads, row, dtype, device, 1) for row, dtype in zip(wide, dtypes, strict=True)
+        )
         self.metric.append(torch.zeros(*self.metric.data.shape, device=device))
-        self.order = GrowingRows(batch, heads, width + 1, torch.float32, device, 1)
-        self.moves = GrowingRows(batch, heads, moved, torch.int8, device, 1)
-        if given is not None:
-            self._freeze(_weighted(given, config).expand(batch, -1, -1, -1))
 
     def buffers(self) -> list[GrowingRows]:
         return [*super().buffers(), self.metric, self.order, self.moves]
@@ -90,12 +93,12 @@ class QueryStore(GroupStore):
                     stacklevel=2,
                 )
             self._freeze(_weighted(moment, self.config))
-        order = self.order.rows()[:, :, 0, :-1].long()
+        order, moves = self.given or self._corrections()
+        order = order.expand(len(keys_BHNGD), -1, -1)
         by_group = order[:, :, None, None].expand_as(keys_BHNGD)
         codes, scale, minimum = quantize_groups(
-            keys_BHNGD.gather(-1, by_group), self.key_bits, self._grid("keys"), self.config.block, self._moves(),
-            self.config.fit,
-        )  # fmt: skip
+            keys_BHNGD.gather(-1, by_group), self.key_bits, self._grid("keys"), self.config.block, moves, self.config.fit
+        )
         back = order.argsort(dim=-1)  # what is stored is in the model's order of channels
         by_channel = back[:, :, None].expand_as(scale)
         return (
@@ -106,8 +109,7 @@ class QueryStore(GroupStore):
 
     def _freeze(self, metric: Tensor) -> None:
         """Put the corrections in the metric's place."""
-        order = visiting_order(metric, natural=self.config.natural_order)
-        moves = corrections(metric, order, self.config.block, self.config.cap)
+        order, moves = _computed(metric, self.config)
         flat = torch.cat([move.flatten(2) for move in moves], dim=-1) if moves else metric.flatten(2)[..., :0].float()
         unit = flat.abs().amax(dim=-1, keepdim=True) / 127 if moves else flat.new_zeros(*flat.shape[:2], 1)
         self.order.append(torch.cat([order.float(), unit], dim=-1).unsqueeze(2))
@@ -118,13 +120,14 @@ class QueryStore(GroupStore):
         """Channels behind each block but the last."""
         return range(self.head_dim - self.config.block, 0, -self.config.block)
 
-    def _moves(self) -> list[Tensor]:
-        """The corrections as they are stored; none where all are zero."""
-        unit, block = self.order.rows()[:, :, 0, -1:], self.config.block
-        if not unit.any():
-            return []
-        flat = self.moves.rows()[:, :, 0].float() * unit
-        return [move.unflatten(-1, (-1, block)) for move in flat.split([size * block for size in self._sizes()], dim=-1)]
+    def _corrections(self) -> Corrections:
+        """The order and the corrections as they are stored; none where all are zero."""
+        row, block = self.order.rows()[:, :, 0], self.config.block
+        if not row[..., -1].any():
+            return row[..., :-1].long(), []
+        flat = self.moves.rows()[:, :, 0].float() * row[..., -1:]
+        moves = flat.split([size * block for size in self._sizes()], dim=-1)
+        return row[..., :-1].long(), [move.unflatten(-1, (-1, block)) for move in moves]
 
 
 class Layer(kivi.Layer):
@@ -142,6 +145,7 @@ class Layer(kivi.Layer):
     ) -> None:
         super().__init__(config, key_basis, value_basis)
         self.given = metric
+        self._shared: Corrections | None = None
 
     def moment(self) -> Tensor:
         """Sum of the queries' outer products over the batch so far, `[kv heads, head_dim, head_dim]`."""
@@ -149,9 +153,18 @@ class Layer(kivi.Layer):
 
     def new_store(self, rows: Tensor, key_states: Tensor, value_states: Tensor) -> GroupStore:
         _, heads, _, width = key_states.shape
-        if self.given is not None and self.given.shape != (heads, width, width):
-            raise CompressError(f"a metric of this model is [{heads}, {width}, {width}], got {list(self.given.shape)}")
-        return QueryStore(self.config, rows, key_states, value_states, self.given)
+        if width % self.config.block:
+            raise CompressError(f"block {self.config.block} does not divide the head_dim of {width}")
+        if self.given is not None and self._shared is None:
+            if self.given.shape != (heads, width, width):
+                raise CompressError(f"a metric of this model is [{heads}, {width}, {width}], got {list(self.given.shape)}")
+            self._shared = _computed(_weighted(self.given[None].to(key_states.device), self.config), self.config)
+        return QueryStore(self.config, rows, key_states, value_states, self._shared)
+
+
+def _computed(metric: Tensor, config: Config) -> Corrections:
+    order = visiting_order(metric, natural=config.natural_order)
+    return order, corrections(metric, order, config.block, config.cap)
 
 
 def _weighted(metric: Tensor, config: Config) -> Tensor:

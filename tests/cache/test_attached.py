@@ -134,7 +134,7 @@ def test_a_calibrated_metric_is_the_queries_of_the_text(tmp_path: Path) -> None:
     ids = torch.randint(3, 256, (2, 200))
     with torch.no_grad():
         model(ids, past_key_values=cache)
-    assert all(cache.layers[index].stores[0].moves.rows().any() for index in packed)
+    assert all(cache.layers[index].stores[0].given[1][0].any() for index in packed)
     own = query_moments(model, ids)
     assert sorted(own) == packed
     for index, metric in own.items():  # random ids and documentation: alike in kind, not in numbers

@@ -347,13 +347,23 @@ def test_searches_run_on_it(method: str, search: dict[str, Any]) -> None:
 
 def test_what_is_stored_corrects_as_what_was_computed() -> None:
     """Eight bits of a correction are enough: the error that queries see stays where it was."""
-    given = metric()
-    store = squat.QueryStore(read_config("squat", {"block": 8}), torch.arange(1), *[states(0, batch=1)] * 2, given)
+    given, keys = metric(), states(60)
+    cache = layer(squat, window=8, group_size=16)
+    cache.watched = True
+    cache.update(keys, keys)
+    (store,) = cache.stores
+    store.metric.rows()[:, :, 0] = given.flatten(1)
+    store.flush()
     weighted = 10 * given / given.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    want = corrections(weighted, visiting_order(weighted), 8)
-    for stored, exact in zip(store._moves(), want, strict=True):
+    order, moves = store._corrections()
+    assert torch.equal(order[0], visiting_order(weighted))
+    want = corrections(weighted, order[0], 8)
+    for stored, exact in zip(moves, want, strict=True):
         assert (stored[0] - exact).abs().max() <= 1.01 * max(float(move.abs().max()) for move in want) / 254
-    assert sum(rows.nbytes for rows in (store.metric, store.order, store.moves)) == 2 * (64 * 56 // 2 + 65 * 4)
+    assert sum(rows.nbytes for rows in (store.metric, store.order, store.moves)) == 2 * 2 * (64 * 56 // 2 + 65 * 4)
+    shared = streamed(layer(squat, given, window=8, group_size=16), keys, keys, [60])
+    assert cache.nbytes - shared.nbytes == 2 * 2 * (64 * 56 // 2 + 65 * 4), "a given metric is not the conversation's"
+    assert (shared.read()[0] - cache.read()[0]).abs().mean() < 0.02 * keys.abs().mean()
 
 
 @pytest.mark.parametrize("method", [kivi, squat])
