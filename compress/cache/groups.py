@@ -27,7 +27,6 @@ from compress.cache.buffer import GrowingRows
 from compress.cache.compensation import quantize_groups
 from compress.cache.quantizer import Grid, quantize
 from compress.cache.wave import Wave
-from compress.errors import CompressError
 from compress.kernels.affine_groups import EIGHT_BITS, expand_groups
 from compress.kernels.pack import pack, packed_width
 
@@ -50,9 +49,8 @@ class GroupStore:
         batch, heads, _, self.head_dim = key_states.shape
         self.value_dim = value_states.shape[-1]
         self.key_bits, self.value_bits = config.key_bits or min(8, config.bits + 1), config.value_bits or config.bits
-        self.value_group = min(config.value_group_size, self.value_dim)
-        if self.value_dim % self.value_group:
-            raise CompressError(f"value_group_size {self.value_group} does not divide the head_dim of {self.value_dim}")
+        fitting = [size for size in range(8, config.value_group_size + 1, 8) if self.value_dim % size == 0]
+        self.value_group = fitting[-1] if fitting else self.value_dim  # head_dim 80: 16 channels
         half = key_states.dtype if key_states.dtype.itemsize == 2 else torch.bfloat16
         self.affine_dtype = EIGHT_BITS if config.affine_bits == 8 else half
         affine = torch.uint8 if config.affine_bits == 8 else half

@@ -36,7 +36,7 @@ class Config(CacheConfig):
     key_bits: int | None = Field(None, ge=2, le=8, description="bits of keys; null: one more than `bits`, up to 8")
     value_bits: int | None = Field(None, ge=2, le=8, description="bits of values; null: `bits`")
     group_size: int = Field(64, ge=8, description="tokens that share a scale in every channel of the keys")
-    value_group_size: int = Field(32, ge=8, description="channels that share a scale in every token of the values")
+    value_group_size: int = Field(32, ge=8, description="channels that share a scale in every token of the values, at most")
     affine_bits: Literal[8, 16] = Field(8, description="bits of a scale and of a minimum")
     fit: int = Field(5, ge=0, le=64, description="shrunken ranges tried for every scale of the keys; 0: the extremes decide")
     window: int = Field(32, ge=0, description="newest tokens kept as they came, at least")

@@ -384,3 +384,15 @@ def test_tokens_that_are_alike_may_come_at_once(method: Any) -> None:
             assert all(torch.equal(a, b[:, :, : at + index + 1]) for a, b in zip(alone, together, strict=True))
         at, calls = at + count, calls + 1
     assert calls == 2 + (200 - 4 - 20) // 16 - 1
+
+
+@pytest.mark.parametrize(
+    ("width", "group"), [(16, 16), (64, 32), (80, 16), (96, 32), (112, 16), (120, 24), (256, 32), (20, 20)]
+)
+def test_heads_of_any_width(width: int, group: int) -> None:
+    """Values share a scale along as many channels as divide the head; one KV head for all queries (MQA)."""
+    model, ids = tiny_model("llama", head_dim=width, num_key_value_heads=1), prompt(2, 60)
+    options = {"bits": 8, "window": 8, "group_size": 16, "block": 4}
+    cache = KVCache(model, "squat", **options)
+    assert decoded_error(model, cache, torch.cat([ids, ids], dim=1)) < 0.05
+    assert cache.layers[0].stores[0].value_group == group
