@@ -19,6 +19,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from compress.cache.attached import new_cache
 from compress.checkpoint import versions
 from compress.errors import CompressError
 from compress.evaluate.quality import differences, empty_cache, finite, mean_and_error, measure
@@ -37,7 +38,7 @@ _BITS = {
 _DECODING = {
     "tokens_per_second": ("decoding, tokens per second", 1),
     "cache_bytes": ("KV cache of one window, MB", 1e6),
-    "peak_memory_bytes": ("peak memory, MB", 1e6),
+    "peak_memory_bytes": ("peak memory of the process, MB", 1e6),
 }
 _OF_THE_ORIGINAL = {"kl": 0.0, "top1_agreement": 1.0}  # by definition
 
@@ -74,6 +75,8 @@ def compare(
     if original is not None:
         _require_same_vocabulary(model, original)
     own = empty_cache(model)
+    if own is not None and not own.reads_in_one_pass:
+        own = new_cache(model)  # decoded as it would be used
     result: dict[str, Any] = {
         "protocol": {
             "kv_cache": None if own is None else own.spec,
@@ -194,7 +197,7 @@ def _title(protocol: dict[str, Any]) -> str:
         )
     if protocol["kv_cache"]:
         cache = protocol["kv_cache"]
-        parts.append(f"keys and values read through the {cache['method']} cache of {cache['bits']} bits")
+        parts.append(f"keys and values read through the {cache['method']} cache, {cache['bits']}-bit setting")
     if protocol["decoded"]:
         parts.append("the second half of each window, token by token")
     return "; ".join(parts)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from compress.cache import KVCache
+from compress.cache import bytes_in_use
 from compress.cache.attached import new_cache
 from compress.cache.layer import CACHE_ARGUMENT
 from compress.memory import peak_memory_bytes
@@ -24,9 +24,14 @@ _STEPS = 16
 
 @torch.inference_mode()
 def decoding_speed(model: nn.Module, window: Tensor) -> dict[str, float | int | None]:
-    """`tokens_per_second`, `cache_bytes` and `peak_memory_bytes` of the process so far, for token ids `[length]`."""
+    """`tokens_per_second`, `cache_bytes` and `peak_memory_bytes` for token ids `[length]`.
+
+    The peak is the GPU's during this call; on a CPU it is the process's since it began.
+    """
     device = next(model.parameters()).device
     ids = window[None].to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     cache = new_cache(model) or DynamicCache(config=model.config)
     steps = min(_STEPS, ids.shape[1] - 1)
     seconds, start = [], 0
@@ -37,9 +42,8 @@ def decoding_speed(model: nn.Module, window: Tensor) -> dict[str, float | int | 
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
         start = stop
-    size = cache.nbytes if isinstance(cache, KVCache) else sum(lay.keys.nbytes + lay.values.nbytes for lay in cache.layers)
     return {
         "tokens_per_second": 1 / median(seconds[1:]),
-        "cache_bytes": size,
+        "cache_bytes": bytes_in_use(cache),
         "peak_memory_bytes": peak_memory_bytes(device),
     }

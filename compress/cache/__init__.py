@@ -100,12 +100,15 @@ class KVCache(Cache):
             for index, (layer_type, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True))
         ]
         super().__init__(layers=layers, offloading=offloading)
+        self._device = getattr(model_or_config, "device", None)
+        for index, layer in enumerate(self.layers):
+            layer.index = index
         if not packed.reads_in_one_pass and isinstance(model_or_config, nn.Module):
-            show_queries(model_or_config)
+            watched = show_queries(model_or_config)
             waves = waves_of(model_or_config, head_width(model_or_config))
             for index, layer in enumerate(self.layers):
                 if isinstance(layer, PackedLayer):
-                    layer.watched, layer.wave = True, waves.get(index)
+                    layer.watched, layer.wave = watched, waves.get(index)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -130,19 +133,19 @@ class KVCache(Cache):
         """Write the conversation so far to a safetensors file, as packed as it is; see `load`."""
         write_prefix(path, self.layers, self.spec)
 
-    def load(self, path: str | Path, device: torch.device | str = "cpu") -> None:
-        """Go on from a saved conversation, in the place of what is held.
+    def load(self, path: str | Path, device: torch.device | str | None = None) -> None:
+        """Go on from a saved conversation, in the place of what is held, on the model's device unless another is named.
 
         Raises:
             CompressError: no such file, not a saved cache, damaged, or of a cache with other options or layers.
         """
         self.reset()
-        read_prefix(path, self.layers, self.spec, device)
+        read_prefix(path, self.layers, self.spec, device or self._device or "cpu")
 
     @property
     def nbytes(self) -> int:
         """Bytes in use in all layers, those of transformers included."""
-        return sum(_layer_bytes(layer)[0] for layer in self.layers)
+        return bytes_in_use(self)
 
     @property
     def reserved_nbytes(self) -> int:
@@ -166,7 +169,7 @@ class KVCache(Cache):
 @torch.no_grad()
 def query_moments(model: nn.Module, ids: Tensor) -> dict[int, Tensor]:
     """`metrics` for `KVCache(model, "squat", metrics=...)` from a text of one's own, token ids `[batch, tokens]`."""
-    cache = KVCache(model, "squat", window=ids.shape[1])  # nothing is packed, so everything is collected
+    cache = KVCache(model, "squat", window=ids.shape[1], block=1)  # nothing is packed, so everything is collected
     model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True)
     return {index: layer.moment() for index, layer in enumerate(cache.layers) if isinstance(layer, PackedLayer)}
 
@@ -220,6 +223,11 @@ def _by_layer(name: str, bases: Bases | None, layers: int) -> dict[int, Tensor |
     if len(bases) != layers:
         raise CompressError(f"{name}: expected one per layer, {layers}, got {len(bases)}")
     return dict(enumerate(bases))
+
+
+def bytes_in_use(cache: Cache) -> int:
+    """Bytes of the keys and values of any cache, as they are stored."""
+    return sum(_layer_bytes(layer)[0] for layer in cache.layers)
 
 
 def _layer_bytes(layer: Any) -> tuple[int, int]:

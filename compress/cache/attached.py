@@ -92,7 +92,8 @@ def new_cache(model: nn.Module, **changes: Any) -> KVCache | None:
 def attach(model: nn.Module, method: str, options: dict[str, Any]) -> None:
     """Give a model without bases a cache of its own, in the place of one it may have; CompressError for wrong options."""
     config = model.config.get_text_config(decoder=True)
-    heads, width = config.num_key_value_heads, getattr(config, "head_dim", None)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None)
     saved = {
         "method": method,
         "options": read_config(method, options).model_dump(),

@@ -106,16 +106,6 @@ class GroupStore:
         for rows in (self.exact_keys, self.exact_values):
             rows.remove(0, min(count, rows.length))
 
-    def hide(self, valid: Tensor) -> None:
-        """Nobody reads the keys of padding between tokens, but they would widen the range of their group: they become the
-        first real key of their call, `valid` `[batch, new tokens]`."""
-        keys = self.exact_keys.rows()[:, :, -valid.shape[1] :]
-        if not keys.shape[2]:
-            return
-        valid = valid[:, -keys.shape[2] :]
-        first = valid.int().argmax(dim=1)[:, None, None, None].expand(*keys.shape[:2], 1, keys.shape[3])
-        keys.copy_(torch.where(valid[:, None, :, None], keys, keys.gather(2, first)))
-
     def flush(self) -> None:
         """Pack the oldest whole groups of the window."""
         config = self.config
@@ -123,21 +113,34 @@ class GroupStore:
         if groups <= 0:
             return
         start, count = config.sink_tokens, groups * config.group_size
-        keys = self.exact_keys.rows()[:, :, start : start + count].float().unflatten(2, (groups, config.group_size))
-        values = self.exact_values.rows()[:, :, start : start + count].float().unflatten(-1, (-1, self.value_group))
-        if not self.reference.length:
-            self._refer(keys[:, :, 0], values[:, :, : config.group_size])
-        if (wave := self._wave(start + self.value_codes.length, count)) is not None:
-            keys = keys - wave.unflatten(2, (groups, config.group_size))
-        codes, scale, minimum = self.round_keys(keys - self._centre()[..., None, :])
-        self.key_codes.append(pack(codes.flatten(-2), self.key_bits))
-        self.key_affine.append(torch.cat([scale, minimum], dim=-1))
-        rounded = quantize(values, self.value_bits, self._grid("values"))
-        self.value_codes.append(pack(rounded.codes.flatten(-2), self.value_bits))
-        self.value_affine.append(torch.cat([rounded.scale, rounded.minimum], dim=-2).squeeze(-1))
+        for rows, new in (
+            (self.key_codes, groups),
+            (self.key_affine, groups),
+            (self.value_codes, count),
+            (self.value_affine, count),
+        ):
+            rows.reserve(new)
+        step = config.group_size * max(1, _SLICE // config.group_size)
+        for first in range(start, start + count, step):
+            last = min(first + step, start + count)
+            self._pack(*(rows.rows()[:, :, first:last].float() for rows in (self.exact_keys, self.exact_values)))
         for rows in (self.exact_keys, self.exact_values):
             rows.remove(start, count)
         self.settled = True
+
+    def _pack(self, keys: Tensor, values: Tensor) -> None:
+        """Append whole groups, `[batch, heads, tokens, head_dim]` fp32."""
+        size, first = self.config.group_size, self.config.sink_tokens + self.value_codes.length
+        if not self.reference.length:
+            self._refer(keys[:, :, :size], values[:, :, :size].unflatten(-1, (-1, self.value_group)))
+        if (wave := self._wave(first, keys.shape[2])) is not None:
+            keys = keys - wave
+        codes, scale, minimum = self.round_keys((keys - self._centre()).unflatten(2, (-1, size)))
+        self.key_codes.append(pack(codes.flatten(-2), self.key_bits))
+        self.key_affine.append(torch.cat([scale, minimum], dim=-1))
+        rounded = quantize(values.unflatten(-1, (-1, self.value_group)), self.value_bits, self._grid("values"))
+        self.value_codes.append(pack(rounded.codes.flatten(-2), self.value_bits))
+        self.value_affine.append(torch.cat([rounded.scale, rounded.minimum], dim=-2).squeeze(-1))
 
     def _refer(self, keys: Tensor, values: Tensor) -> None:
         """Centre `[head_dim]`, units of the keys' scale and minimum, units of the values', and 1 where the wave is used."""
@@ -233,6 +236,8 @@ class GroupStore:
             (self.value_codes, groups * size), (self.value_affine, groups * size),
         ):  # fmt: skip
             rows.crop(kept)
+        if not groups:
+            self.reference.crop(0)  # the next first group decides anew
 
     def fork(self) -> GroupStore:
         """The same store; what `select` does to one does not change the other."""

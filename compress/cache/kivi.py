@@ -10,8 +10,9 @@ pass, in chunks or token by token gives the same bytes; the published window emp
 A crop into a rounded group keeps the whole groups and takes the rest of that group back into the window as it reads.
 In a left-padded batch every row counts from its own first token, which the mask of the first attention shows
 (`compress.cache.queries`); rows with the same padding share a `GroupStore`, which has the layout. A cache that was made from
-a config sees no mask and takes padding for tokens.
-Bits per element: b + affine_bits (1 / group_size + 1 / value_group_size) on average, plus the window.
+a config sees no mask and takes padding for tokens; padding behind the first token of a row, as in the second turn of a
+batch, is stored as tokens are.
+Bits per element: keys k + 2 affine_bits / group_size, values v + 2 affine_bits / value_group_size; plus the window.
 Cost: O(new tokens) amortised to write; reading multiplies out the whole cache of one layer.
 """
 
@@ -69,7 +70,8 @@ class Layer(PackedLayer):
         return GroupStore(self.config, rows, key_states, value_states)
 
     def allocate(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.stores = [self.new_store(torch.arange(key_states.shape[0]), key_states, value_states)]
+        rows = torch.arange(key_states.shape[0], device="cpu")
+        self.stores = [self.new_store(rows, key_states, value_states)]
         if self.wave is not None and self.wave.bias.shape == (key_states.shape[1], key_states.shape[3]):
             self.stores[0].wave = self.wave
 
@@ -97,19 +99,22 @@ class Layer(PackedLayer):
         `valid` `[batch, tokens]` is false for the tokens of the cache that the newest query may not read. Groups that waited
         for it are packed.
         """
+        away = self.away  # an offloading cache sends a layer away before its attention runs
+        if away:
+            self.prefetch()
         queries = query.detach().float().unflatten(1, (self.shape["heads"], -1))  # those of a KV head follow each other
         if valid is not None and not valid.all():
             valid = valid.cpu().expand(self.shape["batch"], -1)
             self._set_padding(valid)
             recent = valid[:, -query.shape[2] :]
             queries = queries * recent[:, None, None, :, None].to(queries.device)
-            for store in self.stores:
-                store.hide(recent[store.rows].to(query.device))
         for store in self.stores:
             if store.waiting:
                 store.waiting = False
                 store.observe(queries[store.rows])
                 store.flush()
+        if away:
+            self.offload()
 
     def _set_padding(self, valid: Tensor) -> None:
         """Give rows with different amounts of padding stores of their own."""
@@ -180,7 +185,8 @@ class Layer(PackedLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         for store in self.stores:
             store.repeat(repeats)
-        self.shape["batch"] *= repeats
+        if self.stores:
+            self.shape["batch"] *= repeats
 
     def facts(self) -> dict[str, Any]:
         stores = [
@@ -196,3 +202,7 @@ class Layer(PackedLayer):
             for name, value in known.items():
                 setattr(store, name, value)
             self.stores.append(store)
+
+    def require_whole(self) -> None:
+        if self.wave is None and any((store.reference.rows()[..., -1] > 0).any() for store in self.stores):
+            raise CompressError("saved with the model's key biases taken off; make the cache from the model, not its config")

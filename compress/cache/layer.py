@@ -4,8 +4,8 @@ A packed layer is a list of `GrowingRows` plus three functions: append new state
 Everything else of the contract (transformers 5.23, `CacheLayerMixin` and `DynamicLayer`) follows from those: beam search
 and batch changes act on the batch dimension of every buffer, offloading moves every buffer, `crop` cuts tokens.
 
-`update` returns the whole cache, read back: also the tokens of the call itself are seen quantized, so that a prompt in
-one pass, in chunks or token by token meets the same keys and values. `exact_prefill` makes the one exception that most
+`update` returns the whole cache, read back: also the tokens of the call itself are seen as they are stored, so that a prompt
+in one pass, in chunks or token by token meets the same keys and values. `exact_prefill` makes the one exception that most
 published numbers are measured with: the call that fills an empty cache attends to its own exact states.
 
 `keys` and `values` stay None; there are no dense tensors to show. `update` records no gradients. The first update fixes
@@ -43,16 +43,18 @@ class PackedLayer(CacheLayerMixin):
     """Subclasses define `allocate`, `buffers`, `append`, `read`, `truncate`, `release`, `numel` and `packed_size`."""
 
     takes_metric = False  # of the queries, as a constructor argument
-    watched = False  # an attention function will show the queries and the mask of every call
+    watched = False  # an attention function will show queries and mask of the calls that ask for it
+    index = 0  # of the layer in the model
     reads_in_one_pass = True  # one forward pass sees what token-by-token decoding sees
     is_sliding = False
-    is_croppable = True  # tokens are packed one by one: what is cut leaves no trace
+    is_croppable = True
     is_compileable = False  # buffers grow
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__()
         self.config = config
         self.length = 0
+        self.away = False  # offloaded
         self.shape: dict[str, int] = {}  # batch, heads, head_dim and value_dim of the states it holds
 
     @abstractmethod
@@ -126,9 +128,13 @@ class PackedLayer(CacheLayerMixin):
         for buffer, rows in zip(self.buffers(), tensors, strict=True):
             buffer.data, buffer.length = rows, rows.shape[2]
         self.length = facts["length"]
+        self.require_whole()
 
     def restore(self, facts: dict[str, Any]) -> None:
         """Make the buffers of a layer that has others than a new one; before they are filled."""
+
+    def require_whole(self) -> None:
+        """CompressError where a layer cannot go on from what was restored."""
 
     def get_seq_length(self) -> int:
         return self.length
@@ -143,9 +149,13 @@ class PackedLayer(CacheLayerMixin):
         """Forget the last `-tokens_to_remove` tokens; as in `DynamicLayer`, the number is negative or 0."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the tokens to remove as a negative number, got {tokens_to_remove}")
-        if tokens_to_remove and self.is_initialized:
-            self.length = max(0, self.length + tokens_to_remove)
+        if not tokens_to_remove or not self.is_initialized:
+            return
+        self.length = max(0, self.length + tokens_to_remove)
+        if self.length:
             self.truncate(self.length)
+        else:
+            self.reset()
 
     def reset(self) -> None:
         """Free everything; the next update may have another batch size, dtype or device."""
@@ -183,10 +193,12 @@ class PackedLayer(CacheLayerMixin):
     def offload(self) -> None:
         """Move the packed bytes, not dense states, to the CPU."""
         self._move("cpu")
+        self.away = True
 
     def prefetch(self) -> None:
         if self.is_initialized:
             self._move(self.device)
+        self.away = False
 
     @property
     def nbytes(self) -> int:

@@ -33,7 +33,7 @@ def write_prefix(path: str | Path, layers: list[Any], spec: dict[str, Any]) -> N
         if isinstance(layer, PackedLayer):
             stored, known = [buffer.rows() for buffer in layer.buffers()], layer.facts()
         else:
-            stored = [layer.keys, layer.values] if layer.is_initialized else []
+            stored = [] if layer.keys is None else [layer.keys, layer.values]
             known = {name: getattr(layer, name) for name in _OWN if hasattr(layer, name)}
         tensors.update({f"{index}.{number}": tensor.contiguous() for number, tensor in enumerate(stored)})
         facts.append(known)
@@ -64,7 +64,10 @@ def read_prefix(path: str | Path, layers: list[Any], spec: dict[str, Any], devic
         if not tensors:
             continue
         if isinstance(layer, PackedLayer):
-            layer.rebuild(facts, tensors, device)
+            try:
+                layer.rebuild(facts, tensors, device)
+            except CompressError as error:
+                raise CompressError(f"{path}: {error}") from error
         else:
             layer.lazy_initialization(*tensors)
             layer.keys, layer.values = tensors

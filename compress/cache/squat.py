@@ -155,11 +155,16 @@ class Layer(kivi.Layer):
         _, heads, _, width = key_states.shape
         if width % self.config.block:
             raise CompressError(f"block {self.config.block} does not divide the head_dim of {width}")
-        if self.given is not None and self._shared is None:
+        if self.given is not None and (self._shared is None or self._shared[0].device != key_states.device):
             if self.given.shape != (heads, width, width):
                 raise CompressError(f"a metric of this model is [{heads}, {width}, {width}], got {list(self.given.shape)}")
             self._shared = _computed(_weighted(self.given[None].to(key_states.device), self.config), self.config)
         return QueryStore(self.config, rows, key_states, value_states, self._shared)
+
+    def require_whole(self) -> None:
+        super().require_whole()
+        if any(store.frozen and store.given is None and not store.order.data.shape[3] for store in self.stores):
+            raise CompressError("saved by a cache with metrics; give KVCache the same ones")
 
 
 def _computed(metric: Tensor, config: Config) -> Corrections:

@@ -25,11 +25,11 @@ class Turns:
 
     def __init__(self, inv_freq: Tensor, scaling: float) -> None:
         self.inv_freq, self.scaling = inv_freq.detach().double().cpu(), scaling
-        self.cos = self.sin = torch.empty(0, len(inv_freq))
+        self.cos = self.sin = torch.empty(0, len(inv_freq), device="cpu")
 
     def up_to(self, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if stop > len(self.cos) or self.cos.device != device:
-            angles = torch.arange(2 * stop, dtype=torch.float64)[:, None] * self.inv_freq
+            angles = torch.arange(2 * stop, dtype=torch.float64, device="cpu")[:, None] * self.inv_freq
             self.cos, self.sin = ((f(angles) * self.scaling).float().to(device) for f in (torch.cos, torch.sin))
         return self.cos[:stop], self.sin[:stop]
 
@@ -38,7 +38,7 @@ class Wave:
     """R_n b of one layer."""
 
     def __init__(self, bias_HD: Tensor, turns: Turns) -> None:
-        self.bias, self.turns = bias_HD.detach().float(), turns
+        self.bias, self.turns = bias_HD.detach().float().clone(), turns
 
     def at(self, start: int, stop: int, device: torch.device) -> Tensor:
         """`[heads, stop - start, head_dim]` fp32 for the tokens from `start` on, channel i paired with i + pairs."""
@@ -58,6 +58,6 @@ def waves_of(model: nn.Module, head_dim: int) -> dict[int, Wave]:
     turns, waves = Turns(inv_freq, float(getattr(rotary, "attention_scaling", 1.0))), {}
     for module in model.modules():
         bias = getattr(getattr(module, "k_proj", None), "bias", None)
-        if bias is not None and hasattr(module, "layer_idx") and bias.numel() % head_dim == 0:
+        if bias is not None and not bias.is_meta and hasattr(module, "layer_idx") and bias.numel() % head_dim == 0:
             waves[module.layer_idx] = Wave(bias.view(-1, head_dim), turns)
     return waves

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import compress
 from cache_helpers import greedy, prompt, same, states
-from compress.cache import KVCache, kivi, read_config, squat
+from compress.cache import KVCache, kivi, query_moments, read_config, squat
 from compress.cache.compensation import corrections, quantize_groups, visiting_order
 from compress.cache.quantizer import Grid
 from compress.errors import CompressError
@@ -396,3 +397,85 @@ def test_heads_of_any_width(width: int, group: int) -> None:
     cache = KVCache(model, "squat", **options)
     assert decoded_error(model, cache, torch.cat([ids, ids], dim=1)) < 0.05
     assert cache.layers[0].stores[0].value_group == group
+
+
+def test_attention_that_cannot_be_seen_is_left_alone() -> None:
+    """Transformers loads flash attention and hub kernels by name, so a function of another name must not stand in front."""
+    model = tiny_model("llama")
+    own, model.config._attn_implementation = model.config._attn_implementation, "flash_attention_2"
+    cache = KVCache(model, "squat", group_size=16, window=8)
+    assert model.config._attn_implementation == "flash_attention_2"
+    model.config._attn_implementation = own
+    with pytest.warns(UserWarning, match="saw no queries"), torch.no_grad():
+        model(prompt(1, 60), past_key_values=cache)
+
+
+def test_a_cache_learns_from_its_own_attention_alone() -> None:
+    model, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    cache = KVCache(model, "squat", group_size=16, window=8)
+    cache.layers[2].update(*[states(20, head_dim=16)] * 2)  # by hand: no attention follows
+    KVCache(other, "squat")
+    with torch.no_grad():
+        other(prompt(2, 20), past_key_values=DynamicCache(config=other.config))
+        other(prompt(2, 7), past_key_values=KVCache(other, "squat"))
+    assert not cache.layers[2].moment().any()
+
+
+def test_a_layer_that_was_sent_away_packs_and_goes_back() -> None:
+    """An offloading cache sends a layer to the CPU between its update and its attention."""
+    model, ids = tiny_model("llama"), prompt(2, 90)
+    plain, away = (KVCache(model, "squat", group_size=16, window=8) for _ in range(2))
+    for layer in away.layers:
+        update = layer.update
+
+        def sent(*args: Any, update: Any = update, layer: Any = layer, **kwargs: Any) -> Any:
+            states = update(*args, **kwargs)
+            layer.offload()
+            return states
+
+        layer.update = sent
+    with torch.no_grad():
+        for cache in (plain, away):
+            model(ids, past_key_values=cache)
+    assert all(layer.away for layer in away.layers) and not any(layer.away for layer in plain.layers)
+    assert all(map(same, plain.layers, away.layers))
+
+
+def test_long_prompts_are_packed_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, values, given = states(400), states(400), metric()
+    whole = streamed(layer(squat, given, group_size=16), keys, values, [400])
+    monkeypatch.setattr("compress.cache.groups._SLICE", 32)
+    assert same(whole, streamed(layer(squat, given, group_size=16), keys, values, [400]))
+
+
+def test_what_is_cropped_away_decides_nothing() -> None:
+    keys, values = states(200), states(200)
+    options = {"group_size": 16, "window": 8}
+    for length in (0, 4):  # nothing, and the sinks
+        cache = streamed(layer(kivi, **options), 100 * keys, values, [200])
+        cache.crop(-(200 - length))
+        cache.update(keys[:, :, length:], values[:, :, length:])
+        fresh = layer(kivi, **options)
+        fresh.update(torch.cat([100 * keys[:, :, :length], keys[:, :, length:]], dim=2), values)
+        assert same(cache, fresh)
+
+
+def test_what_reading_needs_must_be_there_again(tmp_path: Any) -> None:
+    file, options = tmp_path / "prefix", {"group_size": 16, "window": 8}
+    model = biased(100, slow=False)
+    caches = {
+        "wave": KVCache(model, "kivi", **options),
+        "metrics": KVCache(model, "squat", metrics=query_moments(model, prompt())),
+    }
+    for cache in caches.values():
+        with torch.no_grad():
+            model(prompt(1, 90), past_key_values=cache)
+    caches["wave"].save(file)
+    with pytest.raises(CompressError, match="key biases taken off; make the cache from the model"):
+        KVCache(model.config, "kivi", **options).load(file)
+    caches["metrics"].save(file)
+    with pytest.raises(CompressError, match="saved by a cache with metrics"):
+        KVCache(model, "squat").load(file)
+    empty = KVCache(model, "kivi")
+    empty.batch_repeat_interleave(2)
+    assert empty.get_seq_length() == 0
