@@ -9,7 +9,7 @@ paired over windows, top-1 agreement, bits per key or value of what is packed an
 the end.
 
 **speed.** Every cache is filled with the keys and values that the model computes for random tokens, so that all hold the
-same; squat takes its metric from the queries of the first 512 of them. Then all decode in turn, one token each, so that a
+same; random queries stand for those of a prompt. Then all decode in turn, one token each, so that a
 busy machine slows all of them; a figure is the median over rounds. `peak` is what a token of a cache needs beyond what the
 process held before it (Linux), to be read against a full-precision copy of one layer and of all.
 
@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
 
-from compress.cache import METHODS, KVCache, query_moments
+from compress.cache import METHODS, KVCache
 from compress.cache.layer import CACHE_ARGUMENT
 from compress.evaluate.decoding import decode
 from compress.evaluate.text import make_windows
@@ -53,7 +53,7 @@ CACHES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def new_cache(model: nn.Module, name: str, **extra: Any) -> Any:
+def new_cache(model: nn.Module, name: str) -> Any:
     """An empty cache: `plain`, a backend of transformers, a name of `CACHES`, or a method with options."""
     if name == "plain":
         return DynamicCache(config=model.config)
@@ -66,7 +66,7 @@ def new_cache(model: nn.Module, name: str, **extra: Any) -> Any:
         raise SystemExit(f"expected one of {', '.join(CACHES)}, or one of {', '.join(METHODS)} with options, got {name!r}")
     pairs = (pair.split("=") for pair in options.split(",") if pair)
     method, chosen = CACHES.get(name) or (method, {key: json.loads(value) for key, value in pairs})
-    return KVCache(model, method, **chosen, **(extra if method == "squat" else {}))
+    return KVCache(model, method, **chosen)
 
 
 def measure(model: nn.Module, windows: Tensor, prompt: int, batch: int, name: str) -> dict:
@@ -147,15 +147,17 @@ def speed(args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         ids = torch.randint(0, vocabulary, (1, max(args.lengths)), generator=generator)
-        metrics = query_moments(model, ids[:, :512])
         full = DynamicCache(config=model.config)
         for part in ids.split(512, dim=1):
             model(part, **{CACHE_ARGUMENT: full}, use_cache=True, logits_to_keep=1)
         for length in args.lengths:
-            caches = {name: new_cache(model, name, metrics=metrics) for name in ["plain", *args.caches]}
+            caches = {name: new_cache(model, name) for name in ["plain", *args.caches]}
             for cache in caches.values():
                 for index, layer in enumerate(full.layers):
                     cache.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), index)
+                for layer in getattr(cache, "packed", ()):
+                    if layer.watched:
+                        layer.see(torch.randn(1, layer.shape["heads"], 512, layer.shape["head_dim"]), None)
             table = Table("cache", "ms/token", "of plain", "bytes of bf16", "peak MB", title=f"{length} tokens")
             seconds = {name: [] for name in caches}
             peaks = dict.fromkeys(caches, 0)

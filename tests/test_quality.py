@@ -106,7 +106,7 @@ def test_a_model_with_a_cache_is_measured_through_it(tiny_llama: Path, tmp_path:
     result = compare(model, tiny_tokenizer(), dataset="python-docs", length=64, windows=2)
     spec = result["protocol"]["kv_cache"]
     assert spec["method"] == "per_token" and spec["bits"] == 2 and spec["exact_prefill"] is False
-    assert "read through the per_token cache of 2 bits" in str(table(result).title)
+    assert "read through the per_token cache, 2-bit setting" in str(table(result).title)
     weights = [m for m in model.modules() if hasattr(m, "spec")]
     scales = sum(16 * m.out_features for m in weights) / sum(m.in_features * m.out_features for m in weights)
     assert result["compressed"]["bits"] == {"bits_per_weight": pytest.approx(8 + scales), "bits_per_activation": 16}
