@@ -49,13 +49,20 @@ class Wave:
         return torch.cat([cos * first - sin * second, cos * second + sin * first, rest], dim=-1)
 
 
-def waves_of(model: nn.Module, head_dim: int) -> dict[int, Wave]:
-    """By layer index, for the attention modules whose keys have a bias and are turned by a plain rotary embedding."""
+def turns_of(model: nn.Module, head_dim: int) -> Turns | None:
+    """The turns of a plain rotary embedding; None for a model that has none, or one for every kind of layer."""
     rotary = next((module for name, module in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"), None)
     inv_freq = getattr(rotary, "inv_freq", None)
     if not isinstance(inv_freq, Tensor) or inv_freq.is_meta or 2 * len(inv_freq) > head_dim:
-        return {}
-    turns, waves = Turns(inv_freq, float(getattr(rotary, "attention_scaling", 1.0))), {}
+        return None
+    return Turns(inv_freq, float(getattr(rotary, "attention_scaling", 1.0)))
+
+
+def waves_of(model: nn.Module, head_dim: int) -> dict[int, Wave]:
+    """By layer index, for the attention modules whose keys have a bias and are turned by a plain rotary embedding."""
+    turns, waves = turns_of(model, head_dim), {}
+    if turns is None:
+        return waves
     for module in model.modules():
         bias = getattr(getattr(module, "k_proj", None), "bias", None)
         if bias is not None and not bias.is_meta and hasattr(module, "layer_idx") and bias.numel() % head_dim == 0:

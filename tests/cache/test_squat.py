@@ -15,6 +15,7 @@ import compress
 from cache_helpers import greedy, prompt, same, states
 from compress.cache import KVCache, kivi, query_moments, read_config, squat
 from compress.cache.compensation import corrections, quantize_groups, visiting_order
+from compress.cache.from_weights import weight_moments
 from compress.cache.quantizer import Grid
 from compress.errors import CompressError
 from helpers import tiny_model
@@ -479,3 +480,25 @@ def test_what_reading_needs_must_be_there_again(tmp_path: Any) -> None:
     empty = KVCache(model, "kivi")
     empty.batch_repeat_interleave(2)
     assert empty.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2"])
+def test_weights_alone_tell_where_queries_look(family: str) -> None:
+    """Against the moments of random tokens; the rotation of a position is that of the model."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        for block in model.model.layers:
+            weight, norm = block.self_attn.q_proj.weight, block.input_layernorm.weight
+            width = block.self_attn.head_dim
+            weight.mul_(torch.logspace(0.7, -0.7, width).repeat(len(weight) // width)[:, None])
+            norm.copy_(torch.rand(len(norm)) + (0 if family == "gemma2" else 1))
+    found, want = weight_moments(model), query_moments(model, torch.randint(3, 256, (8, 300)))
+    blind = torch.eye(width).expand(next(iter(want.values())).shape)
+    for index, moment in want.items():
+        likeness, of_nothing = (
+            float(torch.nn.functional.cosine_similarity(other.flatten(1), moment.flatten(1)).min())
+            for other in (found[index], blind)
+        )
+        assert likeness > 0.8 and likeness > of_nothing + 0.05, (index, likeness, of_nothing)
+    with torch.no_grad():
+        model(prompt(1, 90), past_key_values=KVCache(model, "squat", window=8, group_size=8, metrics=found))

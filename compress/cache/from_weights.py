@@ -1,0 +1,79 @@
+"""A metric for squat without a single token: the queries that q_proj would make of inputs without a direction.
+
+With normalised inputs x of unit covariance, behind the gain g of the norm, queries of one head have the moment
+
+    C = W_q diag(g^2) W_q^T + b b^T            summed over the query heads of a KV head
+
+and rotary embedding turns it with the position: what keys meet is the mean of R_n C R_n^T over positions n. Fast pairs of
+channels come out isotropic; what slow ones have in common stays. A norm of the queries (Qwen3) scales every head to the same
+energy and then by its gain.
+
+Where we differ from the published variant (vLLM pull request 44564): the norm's gain, biases and the rotation are counted.
+A text says more, because inputs do have directions: prefer `query_moments` or a recipe's `metric: calibration` where there
+is one. Cost: one product per layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compress.cache.wave import Turns, turns_of
+from compress.model import head_width
+
+_POSITIONS = 4096
+_SAMPLES = 256
+
+
+@torch.no_grad()
+def weight_moments(model: nn.Module) -> dict[int, Tensor]:
+    """`metrics` for `KVCache(model, "squat", metrics=...)` by layer index, `[kv heads, head_dim, head_dim]` fp32.
+
+    Empty for a model whose queries come from no `q_proj` of their own.
+    """
+    width, modules = head_width(model), dict(model.named_modules())
+    config, turns = model.config.get_text_config(decoder=True), turns_of(model, width)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    moments = {}
+    for name, module in modules.items():
+        projection = getattr(module, "q_proj", None)
+        if projection is None or not hasattr(module, "layer_idx"):
+            continue
+        weight = projection.dense_weight() if hasattr(projection, "dense_weight") else projection.weight
+        weight = weight.double().cpu()
+        norm = modules.get(f"{name.rpartition('.')[0]}.input_layernorm")
+        if getattr(norm, "weight", None) is not None:
+            weight = weight * _gain(norm)
+        rows = weight.unflatten(0, (heads, -1, width))
+        moment = torch.einsum("hqdi,hqei->hqde", rows, rows)
+        if projection.bias is not None:
+            bias = projection.bias.double().cpu().view(heads, -1, width)
+            moment = moment + bias[..., :, None] * bias[..., None, :]
+        if getattr(getattr(module, "q_norm", None), "weight", None) is not None and len(module.q_norm.weight) == width:
+            gain = _gain(module.q_norm)
+            energy = moment.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+            moment = moment / energy * gain[:, None] * gain
+        moments[module.layer_idx] = _turned(moment.sum(dim=1), turns).float()
+    return moments
+
+
+def _gain(norm: nn.Module) -> Tensor:
+    """What a norm multiplies by; Gemma's stores it less one, which a unit input shows."""
+    probe = torch.ones(1, len(norm.weight), dtype=norm.weight.dtype, device=norm.weight.device)
+    return norm(probe)[0].double().cpu()
+
+
+def _turned(moment_HDD: Tensor, turns: Turns | None) -> Tensor:
+    """The mean of R_n C R_n^T over positions."""
+    if turns is None:
+        return moment_HDD
+    cos, sin = (table[:: _POSITIONS // _SAMPLES].double() for table in turns.up_to(_POSITIONS, torch.device("cpu")))
+    width, pairs = moment_HDD.shape[-1], cos.shape[1]
+    total = torch.zeros_like(moment_HDD)
+    first, second = torch.arange(pairs), torch.arange(pairs, 2 * pairs)
+    for turn_cos, turn_sin in zip(cos, sin, strict=True):
+        rotation = torch.eye(width, dtype=torch.float64)
+        rotation[first, first], rotation[second, second] = turn_cos, turn_cos
+        rotation[first, second], rotation[second, first] = -turn_sin, turn_sin
+        total += rotation @ moment_HDD @ rotation.T
+    return total / len(cos)
