@@ -3,8 +3,8 @@
 Paper: SQuat, arXiv:2503.24358; the maths and where it differs is `compress.cache.compensation`, storage that of
 `compress.cache.groups`. The second moment of the queries of each KV head comes from one of two places:
 
-    given     `KVCache(model, "squat", metrics={layer: [kv heads, head_dim, head_dim]})`, from calibration, a text of one's own
-              (`compress.cache.query_moments`) or the weights (`compress.cache.from_weights`)
+    given     `KVCache(model, "squat", metrics={layer: [kv heads, head_dim, head_dim]})`, from calibration, a text of one's
+              own (`compress.cache.query_moments`) or the weights (`compress.cache.from_weights`)
     the prompt   otherwise, the queries of the first call: the attention function shows them, `compress.cache.queries`
 
 One metric per row of the batch, so that a row's bytes do not depend on its neighbours; it is fixed when the first group is
