@@ -40,7 +40,7 @@ POINTERS = {
     "y": "*fp32",
     "out": "*bf16",
     "mask": "*u8",
-    "units": "*fp32",
+    "unit_pairs": "*fp32",
     "centre": "*fp32",
 }
 TILE = {"ROWS": gpu.ROWS, "EIGHTS": gpu.EIGHTS}

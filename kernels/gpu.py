@@ -109,7 +109,7 @@ if triton:
 
     @triton.jit
     def group_expand(
-        packed, affine, units, centre, out, rows, K, width, run, runs,
+        packed, affine, unit_pairs, centre, out, rows, K, width, run, runs,
         packed_outer, packed_row, affine_outer, affine_row, out_outer, out_token,
         EIGHT_BITS: tl.constexpr, CENTRE: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, EIGHTS: tl.constexpr,
     ):  # fmt: skip
@@ -122,7 +122,7 @@ if triton:
         row, pair = packed + o * packed_outer + wide * packed_row, affine + o * affine_outer + wide * affine_row
         scale_unit, start_unit = 1.0, 1.0
         if EIGHT_BITS:
-            scale_unit, start_unit = tl.load(units + 2 * o), tl.load(units + 2 * o + 1)
+            scale_unit, start_unit = tl.load(unit_pairs + 2 * o), tl.load(unit_pairs + 2 * o + 1)
         for i in tl.static_range(8):
             k = 8 * e + i
             token, channel = k // width, k % width
