@@ -110,7 +110,8 @@ def trial_flops(prepared: Prepared) -> float:
     for job in jobs:
         method, whole = methods.load(job.rule.method), job.rule.options
         site = methods.Site(job.spec["in_features"], job.spec["out_features"])
-        for tried in {*_kinds(method, site, whole), *_alternatives(method, site, _kinds(method, site, whole)[0])}:
+        forms = _kinds(method, site, whole)
+        for tried in {*forms, *_alternatives(method, site, forms[0])}:
             quick = method.quick(tried) if hasattr(method, "quick") else tried
             with suppress(CompressError):  # what does not fit is not tried
                 spec = job_spec(prepared.model, job.name, prepared.source, job.rule.model_copy(update={"options": tried}))

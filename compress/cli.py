@@ -187,8 +187,8 @@ def _cache_options(text: str | None) -> tuple[str, dict] | None:
 
     if text is None:
         return None
-    name = text.strip().isidentifier()  # a bare method, its defaults
-    options = {"method": text.strip()} if name else yaml_mapping(text, "--kv-cache")
+    bare = text.strip()  # a method and its defaults, or a mapping
+    options = {"method": bare} if bare.isidentifier() else yaml_mapping(text, "--kv-cache")
     method = options.pop("method", "per_token")
     return method, read_config(method, options).model_dump()
 

@@ -102,6 +102,12 @@ def head_width(model: nn.Module) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def kv_heads(model: nn.Module) -> int:
+    """Key and value heads of a layer; a config without the word has one for every query head."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
 def output_head(model: nn.Module) -> str | None:
     """Module name of the output projection, if it is an nn.Linear."""
     head = model.get_output_embeddings()

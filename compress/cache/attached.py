@@ -20,6 +20,7 @@ from compress.cache import KVCache, read_config
 from compress.cache.layer import CACHE_ARGUMENT
 from compress.errors import CompressError
 from compress.layers import keeping_dtype
+from compress.model import head_width, kv_heads
 
 CACHE_MODULE = "compress_kv"
 SIDES = ("keys", "values", "metrics")
@@ -91,15 +92,12 @@ def new_cache(model: nn.Module, **changes: Any) -> KVCache | None:
 
 def attach(model: nn.Module, method: str, options: dict[str, Any]) -> None:
     """Give a model without bases a cache of its own, in the place of one it may have; CompressError for wrong options."""
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None)
     saved = {
         "method": method,
         "options": read_config(method, options).model_dump(),
         "bases": {side: [] for side in SIDES},
-        "heads": heads,
-        "head_dim": width or config.hidden_size // config.num_attention_heads,
+        "heads": kv_heads(model),
+        "head_dim": head_width(model),
     }
     KVCache(model.config, method, **saved["options"])  # refuses models that it cannot serve
     model.add_module(CACHE_MODULE, CacheBases(saved))

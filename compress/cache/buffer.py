@@ -24,6 +24,11 @@ def require_same(states: Tensor, batch: int, heads: int, width: int) -> None:
         raise ValueError(f"the cache holds states {expected}, got {list(states.shape)}; reset it, or make a new one")
 
 
+def half_of(states: Tensor) -> torch.dtype:
+    """The 16-bit dtype of scales and minima: the states' own, or bf16."""
+    return states.dtype if states.dtype.itemsize == 2 else torch.bfloat16
+
+
 class GrowingRows:
     """`length` rows of `width` values for every batch row and head."""
 

@@ -15,9 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.cache.buffer import GrowingRows
+from compress.cache.buffer import GrowingRows, half_of
 from compress.cache.layer import CacheConfig, PackedLayer
-from compress.cache.quantizer import EIGHT_BITS, Grid, as_bytes, from_bytes, to_grid
+from compress.cache.quantizer import EIGHT_BITS, Grid, as_bytes, to_grid
 from compress.errors import CompressError
 
 _LARGEST = torch.finfo(EIGHT_BITS).max
@@ -42,8 +42,7 @@ class Layer(PackedLayer):
     def allocate(self, key_states: Tensor, value_states: Tensor) -> None:
         for states in (key_states, value_states):
             batch, heads, _, width = states.shape
-            half = states.dtype if states.dtype.itemsize == 2 else torch.bfloat16
-            for row, dtype in ((width, torch.uint8), (1, half)):
+            for row, dtype in ((width, torch.uint8), (1, half_of(states))):
                 self._buffers.append(GrowingRows(batch, heads, row, dtype, states.device, self.config.capacity))
 
     def buffers(self) -> list[GrowingRows]:
@@ -87,5 +86,5 @@ class Layer(PackedLayer):
 def _numbers(codes: Tensor) -> Tensor:
     """fp32 of e4m3 bytes; on a CPU a table of all 256 is three times as fast as torch's cast."""
     if codes.device.type != "cpu":
-        return from_bytes(codes, EIGHT_BITS).float()
+        return codes.view(EIGHT_BITS).float()
     return _TABLE.index_select(0, codes.flatten().int()).view(codes.shape)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.cache.wave import Turns, turns_of
-from compress.model import head_width
+from compress.model import head_width, kv_heads
 
 _POSITIONS = 4096
 _SAMPLES = 256
@@ -32,9 +32,7 @@ def weight_moments(model: nn.Module) -> dict[int, Tensor]:
     Empty for a model whose queries come from no `q_proj` of their own.
     """
     width, modules = head_width(model), dict(model.named_modules())
-    config, turns = model.config.get_text_config(decoder=True), turns_of(model, width)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    moments = {}
+    heads, turns, moments = kv_heads(model), turns_of(model, width), {}
     for name, module in modules.items():
         projection = getattr(module, "q_proj", None)
         if projection is None or not hasattr(module, "layer_idx"):

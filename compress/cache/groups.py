@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.cache.buffer import GrowingRows
+from compress.cache.buffer import GrowingRows, half_of
 from compress.cache.compensation import quantize_groups
 from compress.cache.quantizer import Grid, quantize
 from compress.cache.wave import Wave
@@ -51,9 +51,8 @@ class GroupStore:
         self.key_bits, self.value_bits = config.key_bits or min(8, config.bits + 1), config.value_bits or config.bits
         fitting = [size for size in range(8, config.value_group_size + 1, 8) if self.value_dim % size == 0]
         self.value_group = fitting[-1] if fitting else self.value_dim  # head_dim 80: 16 channels
-        half = key_states.dtype if key_states.dtype.itemsize == 2 else torch.bfloat16
-        self.affine_dtype = EIGHT_BITS if config.affine_bits == 8 else half
-        affine = torch.uint8 if config.affine_bits == 8 else half
+        self.affine_dtype = EIGHT_BITS if config.affine_bits == 8 else half_of(key_states)
+        affine = torch.uint8 if config.affine_bits == 8 else self.affine_dtype
         groups = max(0, config.capacity - config.sink_tokens) // config.group_size
 
         def new(width: int, dtype: torch.dtype, capacity: int) -> GrowingRows:
@@ -162,10 +161,13 @@ class GroupStore:
 
     def _wave(self, start: int, count: int) -> Tensor | None:
         """The key bias at the tokens from `start` on, `[batch, heads, count, head_dim]`; None where no row uses it."""
-        used = self.reference.rows()[..., -1:]
-        if self.wave is None or not used.any():
+        if not self._uses_wave():
             return None
+        used = self.reference.rows()[..., -1:]
         return used * self.wave.at(start, start + count, used.device)
+
+    def _uses_wave(self) -> bool:
+        return self.wave is not None and bool(self.reference.rows()[..., -1].any())
 
     def _centre(self) -> Tensor:
         return self.reference.rows()[..., : self.head_dim]
@@ -200,17 +202,17 @@ class GroupStore:
         return whole[0], whole[1]
 
     def _expand_keys(self, out: Tensor) -> None:
-        units, centre = self._units("keys"), self._centre().squeeze(2)
-        step = self.config.group_size * (_SLICE // self.config.group_size or 1)
-        for first in range(0, out.shape[2], step if self.wave is not None else out.shape[2]):
-            part = out[:, :, first : first + step] if self.wave is not None else out
-            wave = self._wave(self.config.sink_tokens + first, part.shape[2])
-            groups = slice(first // self.config.group_size, (first + part.shape[2]) // self.config.group_size)
-            codes, affine = self.key_codes.rows()[:, :, groups], self.key_affine.rows()[:, :, groups]
-            target = part if wave is None else torch.empty(part.shape, device=part.device)  # added before it is rounded
-            expand_groups(codes, affine, self.key_bits, self.head_dim, target, units, centre)
-            if wave is not None:
-                part.copy_(target + wave)
+        codes, affine, size = self.key_codes.rows(), self.key_affine.rows(), self.config.group_size
+        width, units, centre = self.head_dim, self._units("keys"), self._centre().squeeze(2)
+        if not self._uses_wave():
+            expand_groups(codes, affine, self.key_bits, width, out, units, centre)
+            return
+        step = max(1, _SLICE // size)
+        for first in range(0, codes.shape[2], step):
+            groups, part = slice(first, first + step), out[:, :, first * size : (first + step) * size]
+            keys = torch.empty(part.shape, device=part.device)  # the wave is added before they are rounded
+            expand_groups(codes[:, :, groups], affine[:, :, groups], self.key_bits, width, keys, units, centre)
+            part.copy_(keys + self._wave(self.config.sink_tokens + first * size, part.shape[2]))
 
     def _expand_values(self, out: Tensor) -> None:
         runs = self.value_dim // self.value_group

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from compress.cache.buffer import GrowingRows
+from compress.cache.buffer import GrowingRows, half_of
 from compress.cache.layer import CacheConfig, PackedLayer
 from compress.cache.quantizer import decode, encode, parts_of
 from compress.errors import CompressError
@@ -132,12 +132,11 @@ class Side:
                 expected = f"[{self.head_dim}, {self.head_dim}] or [{heads}, {self.head_dim}, {self.head_dim}]"
                 raise CompressError(f"a basis of this model's heads is {expected}, got {list(self.basis.shape)}")
             self.basis = self.basis.to(states.device)
-        affine_dtype = states.dtype if states.dtype.itemsize == 2 else torch.bfloat16
         row_bytes = self.parts[-1].last_byte if self.parts else 0
         self.buffers = [
             GrowingRows(batch, heads, self.head_dim, states.dtype, states.device, exact_capacity),
             GrowingRows(batch, heads, row_bytes, torch.uint8, states.device, packed_capacity),
-            GrowingRows(batch, heads, 2 * len(self.parts), affine_dtype, states.device, packed_capacity),
+            GrowingRows(batch, heads, 2 * len(self.parts), half_of(states), states.device, packed_capacity),
         ]
 
     def append(self, states: Tensor) -> None:

@@ -36,6 +36,7 @@ from torch import Tensor
 from compress.kernels.affine_groups import EIGHT_BITS, expand_groups
 from compress.kernels.pack import pack, packed_width
 
+_EITHER_WAY = [(0, 0), (0, 1), (-1, 0), (-1, 1)]  # minimum to the nearest or down, scale to the nearest or up
 _NARROWEST = 0.55  # of the whole range; a normal group of 32 at 2 bits is best near 0.7, one of 128 near 0.6
 
 
@@ -84,24 +85,15 @@ def quantize(x: Tensor, bits: int, grid: Grid, fit: int = 0) -> Rounded:
     """
     x = x.float()
     levels = (1 << bits) - 1
-    if grid.dtype == EIGHT_BITS:
-        low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
-        fitted = best_range(x, levels, fit) if fit else None
-        candidates = []
-        for down in (0, -1):
-            minimum = to_grid(fitted[1] if fitted else low, grid, grid.minimum_unit, outward=down)
-            span = (high - minimum.float() * grid.minimum_unit) / levels
-            for up in (0, 1):
-                candidates.append((to_grid(fitted[0] if fitted else span, grid, grid.scale_unit, outward=up), minimum))
-        return _least_error(x, levels, grid, candidates)
-    if fit:
-        scale, minimum = best_range(x, levels, fit)
-        scale, minimum = to_grid(scale, grid, grid.scale_unit), to_grid(minimum, grid, grid.minimum_unit)
-    else:
-        minimum = to_grid(x.amin(dim=-1, keepdim=True), grid, grid.minimum_unit, outward=-1)
-        above = x.amax(dim=-1, keepdim=True) - minimum.float() * grid.minimum_unit
-        scale = to_grid(above / levels, grid, grid.scale_unit, outward=1)
-    return _least_error(x, levels, grid, [(scale, minimum)])
+    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+    scale, start = best_range(x, levels, fit) if fit else (None, low)
+    outward = [(0, 0)] if fit else [(-1, 1)]
+    candidates = []
+    for down, up in _EITHER_WAY if grid.dtype == EIGHT_BITS else outward:
+        minimum = to_grid(start, grid, grid.minimum_unit, outward=down)
+        step = (high - minimum.float() * grid.minimum_unit) / levels if scale is None else scale
+        candidates.append((to_grid(step, grid, grid.scale_unit, outward=up), minimum))
+    return _least_error(x, levels, grid, candidates)
 
 
 def _least_error(x: Tensor, levels: int, grid: Grid, candidates: list[tuple[Tensor, Tensor]]) -> Rounded:
@@ -174,11 +166,6 @@ def to_grid(x: Tensor, grid: Grid, unit: Tensor | float = 1.0, outward: int = 0)
 def as_bytes(x: Tensor) -> Tensor:
     """Eight-bit floats as bytes, which every operation on tensors knows; others as they are."""
     return x.view(torch.uint8) if x.dtype == EIGHT_BITS else x
-
-
-def from_bytes(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `as_bytes` took."""
-    return x.view(EIGHT_BITS) if dtype == EIGHT_BITS else x
 
 
 def _nearest(x: Tensor, step: Tensor, start: Tensor, levels: int) -> Tensor:
