@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cache_helpers import states
-from compress.cache.quantizer import EIGHT_BITS, Grid, Rounded, decode, encode, parts_of, quantize
+from compress.cache.quantizer import EIGHT_BITS, Grid, Rounded, decode, encode, parts_of, quantize, to_grid
 from compress.kernels.affine_groups import affine_values
 
 
@@ -45,6 +45,20 @@ def test_eight_bit_scales_lose_little(bits: int, loss: float) -> None:
         for g in (grid, Grid(torch.bfloat16))
     ]
     assert errors[0] < loss * errors[1], errors
+
+
+def test_eight_bits_take_the_best_of_four_roundings() -> None:
+    x, grid = torch.randn(500, 32), Grid(EIGHT_BITS, torch.tensor(0.1), torch.tensor(0.3))
+    error = (quantize(x, 2, grid).values - x).square().sum(-1, keepdim=True)
+    low, high, equal = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), []
+    for down in (0, -1):
+        start = to_grid(low, grid, grid.minimum_unit, down).float() * grid.minimum_unit
+        for up in (0, 1):
+            step = to_grid((high - start) / 3, grid, grid.scale_unit, up).float() * grid.scale_unit
+            other = (((x - start) / step).round().clamp(0, 3) * step + start - x).square().sum(-1, keepdim=True)
+            assert (error <= other * (1 + 1e-5)).all()
+            equal.append((other <= error * (1 + 1e-5)).any())
+    assert all(equal), "each of the four is best somewhere"
 
 
 def test_eight_bits_hold_what_is_beyond_their_end() -> None:

@@ -420,6 +420,10 @@ def test_a_cache_learns_from_its_own_attention_alone() -> None:
         other(prompt(2, 20), past_key_values=DynamicCache(config=other.config))
         other(prompt(2, 7), past_key_values=KVCache(other, "squat"))
     assert not cache.layers[2].moment().any()
+    cache.layers[0].update(*[states(20, head_dim=16)] * 2)
+    with torch.no_grad():  # the same layer of a model, as many rows and heads, but other keys
+        other(prompt(2, 21), past_key_values=DynamicCache(config=other.config))
+    assert not cache.layers[0].moment().any()
 
 
 def test_a_layer_that_was_sent_away_packs_and_goes_back() -> None:
