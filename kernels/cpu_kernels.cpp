@@ -388,6 +388,7 @@ extern "C" void expand_sparse(const void* packed, const uint16_t* w_scale, const
 // minimum belong to each run, stored as bf16 or e4m3 (in the units of the outer index), less a centre where there is one.
 static float e4m3(uint8_t byte) {
     const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+    if (exponent == 15 && mantissa == 7) return NAN;
     const float size = exponent ? std::ldexp(1 + mantissa / 8.0f, exponent - 7) : std::ldexp(mantissa / 8.0f, -6);
     return byte >> 7 ? -size : size;
 }

@@ -104,6 +104,7 @@ if triton:
             exponent, mantissa = (byte >> 3) & 15, byte & 7
             normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
             size = tl.where(exponent > 0, normal, mantissa.to(tl.float32) * 0.001953125)
+            size = tl.where((byte & 127) == 127, float("nan"), size)  # the one NaN; there is no infinity
             return tl.where(byte > 127, -size, size) * unit
         return stored.to(tl.float32)
 

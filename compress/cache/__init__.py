@@ -192,6 +192,8 @@ def read_config(method: str, options: Mapping[str, Any]) -> CacheConfig:
         if first["type"] == "extra_forbidden":
             raise CompressError(unknown(f"option of KV cache method {method}", key, cls.model_fields)) from error
         message = first["msg"].removeprefix("Value error, ")
+        if not key:  # of several options together
+            raise CompressError(f"KV cache: {message}") from error
         raise CompressError(f"KV cache: {key}: {message}, got {first['input']!r}") from error
 
 

@@ -1,7 +1,7 @@
-"""Keys rounded per channel in groups of tokens, values per token, for rows of a batch that begin at the same place.
+"""Keys rounded per channel in groups of tokens, values per token, for rows of a batch that are padded at the same places.
 
-A store counts from the first real token of its rows: `padding` tokens in front of it are not stored at all. So a row of a
-left-padded batch has the sinks, the groups and the bytes that it would have alone.
+Padding is not stored at all: a store counts real tokens, and `gaps` says where the others lie. So a row of a padded batch
+has the sinks, the groups and the bytes that it would have alone, after one turn and after several.
 
     exact_keys, exact_values     the sinks, then the window
     key_codes                    one row per group, `[group_size, head_dim]` codes packed token after token
@@ -18,6 +18,8 @@ by many steps. Units leave room of 28 times the first group's largest scale and 
 from __future__ import annotations
 
 import copy
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -38,17 +40,17 @@ _ONE = 1 / 16  # of the first group's largest scale or minimum is 1.0 in eight b
 class GroupStore:
     """The tokens of some rows `[batch, heads, tokens, head_dim]`; `rows` are their places in the batch, ascending."""
 
-    known: tuple[str, ...] = ("padding", "settled", "waiting")  # beside the tensors, for a saved store
+    known: tuple[str, ...] = ("gaps", "waiting")  # beside the tensors, for a saved store
 
     wave: Wave | None = None  # of the layer's key bias
 
     def __init__(self, config: Any, rows: Tensor, key_states: Tensor, value_states: Tensor) -> None:
-        self.config, self.rows, self.padding = config, rows, 0
-        self.settled = False  # the padding is known
+        self.config, self.rows = config, rows
+        self.gaps: list[list[int]] = []  # [start, count] of every run of padding, in order
         self.waiting = False  # for the queries of the tokens that came last, before anything is packed
         batch, heads, _, self.head_dim = key_states.shape
         self.value_dim = value_states.shape[-1]
-        self.key_bits, self.value_bits = config.key_bits or min(8, config.bits + 1), config.value_bits or config.bits
+        self.key_bits, self.value_bits = config.key_bits or min(8, config.bits + 1), config.value_bits or min(8, config.bits)
         fitting = [size for size in range(8, config.value_group_size + 1, 8) if self.value_dim % size == 0]
         self.value_group = fitting[-1] if fitting else self.value_dim  # head_dim 80: 16 channels
         self.affine_dtype = EIGHT_BITS if config.affine_bits == 8 else half_of(key_states)
@@ -81,33 +83,57 @@ class GroupStore:
         return self.exact_keys.length + self.key_codes.length * self.config.group_size
 
     @property
-    def curious(self) -> bool:
-        """Whether the next attention can tell this store something."""
-        return not self.settled
+    def padding(self) -> int:
+        """Tokens that are not stored."""
+        return sum(count for _, count in self.gaps)
+
+    def curious(self, new: int) -> bool:
+        """Whether the attention of `new` tokens can tell this store something; before they are appended.
+
+        Padding comes with a turn, so in front of a row's first token or among several. One that comes alone, as from
+        `generate` for a row that has ended, is stored: asking for the mask at every step would wait for the GPU each time.
+        """
+        return new > 1 or not self.tokens
 
     def observe(self, queries: Tensor) -> None:
         """Queries `[batch, heads, queries of a KV head, tokens, head_dim]` fp32 of the newest tokens, 0 for padding."""
-        self.settled = self.tokens > 0
 
     def alike(self) -> int:
-        """How many tokens may come at once so that each is answered as if they came one by one."""
-        size = self.config.group_size
+        """How many tokens may come at once so that each is answered as if they came one by one: none that packs a group,
+        but the next if that one does."""
         behind = self.exact_keys.length - self.config.sink_tokens - self.config.window
-        return size * (max(0, behind + 1) // size + 1) - 1 - behind
+        return max(1, self.config.group_size - 1 - behind)
 
     def append(self, key_states: Tensor, value_states: Tensor) -> None:
         self.exact_keys.append(key_states)
         self.exact_values.append(value_states)
 
-    def drop_padding(self, count: int) -> None:
-        """Forget the first `count` tokens, which nobody may read."""
-        self.padding += count
-        for rows in (self.exact_keys, self.exact_values):
-            rows.remove(0, min(count, rows.length))
+    def drop_padding(self, newest: list[bool]) -> None:
+        """Forget those of the newest tokens that nobody may read; the places of all of them, true for a real one."""
+        start = self.tokens + self.padding - len(newest)
+        first = self.exact_keys.length - len(newest)
+        for real, run in groupby(enumerate(newest), key=itemgetter(1)):
+            places = [place for place, _ in run]
+            if real:
+                first += len(places)
+                continue
+            for rows in (self.exact_keys, self.exact_values):
+                rows.remove(first, len(places))
+            if self.gaps and sum(self.gaps[-1]) == start + places[0]:
+                self.gaps[-1][1] += len(places)
+            else:
+                self.gaps.append([start + places[0], len(places)])
+
+    def places(self) -> list[slice]:
+        """Where in a row its tokens lie, in runs between the padding."""
+        edges = [0, *(edge for start, count in self.gaps for edge in (start, start + count)), self.tokens + self.padding]
+        return [slice(first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if last > first]
 
     def flush(self) -> None:
         """Pack the oldest whole groups of the window."""
         config = self.config
+        if config.bits == 16:
+            return
         groups = (self.exact_keys.length - config.sink_tokens - config.window) // config.group_size
         if groups <= 0:
             return
@@ -125,7 +151,6 @@ class GroupStore:
             self._pack(*(rows.rows()[:, :, first:last].float() for rows in (self.exact_keys, self.exact_values)))
         for rows in (self.exact_keys, self.exact_values):
             rows.remove(start, count)
-        self.settled = True
 
     def _pack(self, keys: Tensor, values: Tensor) -> None:
         """Append whole groups, `[batch, heads, tokens, head_dim]` fp32."""
@@ -220,7 +245,8 @@ class GroupStore:
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens; of a cut group the kept ones go back to the window as they read."""
-        self.padding, length = min(self.padding, length), max(0, length - self.padding)
+        self.gaps = [[start, min(count, length - start)] for start, count in self.gaps if start < length]
+        length -= self.padding
         size, sinks = self.config.group_size, self.config.sink_tokens
         packed = self.key_codes.length * size
         if length >= sinks + packed:
@@ -247,6 +273,7 @@ class GroupStore:
         for name, value in vars(self).items():
             if isinstance(value, GrowingRows):
                 setattr(twin, name, copy.copy(value))
+        twin.gaps = [list(gap) for gap in self.gaps]
         return twin
 
     def select(self, indices: Tensor) -> None:

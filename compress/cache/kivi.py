@@ -8,10 +8,9 @@ the window when at least `window` tokens stay behind.
 Where we differ: groups are counted from the first token behind the sinks and a group is rounded once, so a prompt in one
 pass, in chunks or token by token gives the same bytes; the published window empties when it is full, this one never does.
 A crop into a rounded group keeps the whole groups and takes the rest of that group back into the window as it reads.
-In a left-padded batch every row counts from its own first token, which the mask of the first attention shows
-(`compress.cache.queries`); rows with the same padding share a `GroupStore`, which has the layout. A cache that was made from
-a config sees no mask and takes padding for tokens; padding behind the first token of a row, as in the second turn of a
-batch, is stored as tokens are.
+In a padded batch every row counts its own tokens, which the mask of the attention shows (`compress.cache.queries`); rows
+with the same padding share a `GroupStore`, which has the layout. A cache that was made from a config sees no mask and takes
+padding for tokens.
 Bits per element: keys k + 2 affine_bits / group_size, values v + 2 affine_bits / value_group_size; plus the window.
 Cost: O(new tokens) amortised to write; reading multiplies out the whole cache of one layer.
 """
@@ -21,19 +20,19 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from compress.cache.buffer import GrowingRows, require_same
 from compress.cache.groups import GroupStore
-from compress.cache.layer import CacheConfig, PackedLayer
+from compress.cache.layer import Bits, CacheConfig, PackedLayer
 from compress.cache.queries import expect_queries
 from compress.cache.wave import Wave
 from compress.errors import CompressError
 
 
 class Config(CacheConfig):
-    bits: int = Field(2, ge=2, le=8, description="bits of a code")
+    bits: Bits = Field(2, description="bits of a code, 2 to 8; 16 keeps the states as they came")
     key_bits: int | None = Field(None, ge=2, le=8, description="bits of keys; null: one more than `bits`, up to 8")
     value_bits: int | None = Field(None, ge=2, le=8, description="bits of values; null: `bits`")
     group_size: int = Field(64, ge=8, description="tokens that share a scale in every channel of the keys")
@@ -43,6 +42,12 @@ class Config(CacheConfig):
     window: int = Field(32, ge=0, description="newest tokens kept as they came, at least")
     sink_tokens: int = Field(4, ge=0, description="tokens at the start kept as they came")
     exact_prefill: bool = Field(True, description="the call that fills an empty cache attends to its exact states")
+
+    @model_validator(mode="after")
+    def _kept_whole(self) -> Config:
+        if self.bits == 16 and (self.key_bits or self.value_bits):
+            raise ValueError("bits: 16 keeps keys and values as they came; leave out key_bits and value_bits")
+        return self
 
     @field_validator("group_size", "value_group_size")
     @classmethod
@@ -83,7 +88,7 @@ class Layer(PackedLayer):
         for store in self.stores:
             if store.waiting:  # the last call's queries never came
                 store.flush()
-            store.waiting = self.watched and store.curious
+            store.waiting = self.watched and store.curious(key_states.shape[2])
             whole = len(store.rows) == self.shape["batch"]
             store.append(*(states if whole else states[store.rows] for states in (key_states, value_states)))
             if not store.waiting:
@@ -103,11 +108,10 @@ class Layer(PackedLayer):
         if away:
             self.prefetch()
         queries = query.detach().float().unflatten(1, (self.shape["heads"], -1))  # those of a KV head follow each other
-        if valid is not None and not valid.all():
-            valid = valid.cpu().expand(self.shape["batch"], -1)
-            self._set_padding(valid)
-            recent = valid[:, -query.shape[2] :]
-            queries = queries * recent[:, None, None, :, None].to(queries.device)
+        if valid is not None and not (newest := valid[:, -query.shape[2] :]).all():
+            newest = newest.expand(self.shape["batch"], -1)
+            self._leave_out(newest.cpu())
+            queries = queries * newest[:, None, None, :, None].to(queries.device)
         for store in self.stores:
             if store.waiting:
                 store.waiting = False
@@ -116,18 +120,20 @@ class Layer(PackedLayer):
         if away:
             self.offload()
 
-    def _set_padding(self, valid: Tensor) -> None:
-        """Give rows with different amounts of padding stores of their own."""
-        padding = (valid.cumsum(dim=1) == 0).sum(dim=1)
+    def _leave_out(self, newest: Tensor) -> None:
+        """Drop padding among the newest tokens; rows that are padded at other places get stores of their own.
+
+        `newest` `[batch, new]` is true for real tokens.
+        """
         stores = []
         for store in self.stores:
-            if store.settled:
-                stores.append(store)
-                continue
-            for amount in padding[store.rows].unique().tolist():
-                part = self._rows_of(store, torch.nonzero(padding[store.rows] == amount).flatten())
-                part.drop_padding(amount - part.padding)
+            patterns, kind = newest[store.rows].unique(dim=0, return_inverse=True)
+            for index, pattern in enumerate(patterns.tolist() if store.waiting else []):
+                part = store if len(patterns) == 1 else self._rows_of(store, torch.nonzero(kind == index).flatten())
+                part.drop_padding(pattern)
                 stores.append(part)
+            if not store.waiting:
+                stores.append(store)
         self.stores = stores
 
     def _rows_of(self, store: GroupStore, local: Tensor) -> GroupStore:
@@ -142,7 +148,7 @@ class Layer(PackedLayer):
         return min(store.alike() for store in self.stores) if self.stores else 1
 
     def read(self) -> tuple[Tensor, Tensor]:
-        if len(self.stores) == 1 and not self.stores[0].padding:
+        if len(self.stores) == 1 and not self.stores[0].gaps:
             return self.stores[0].read()
         whole: list[Tensor] = []
         for store in self.stores:
@@ -150,7 +156,9 @@ class Layer(PackedLayer):
                 if len(whole) <= side:
                     length = store.padding + states.shape[2]
                     whole.append(states.new_zeros(self.shape["batch"], states.shape[1], length, states.shape[3]))
-                whole[side][store.rows, :, store.padding :] = states
+                places = store.places()
+                for place, part in zip(places, states.split([p.stop - p.start for p in places], dim=2), strict=True):
+                    whole[side][store.rows, :, place] = part
         return whole[0], whole[1]
 
     def truncate(self, length: int) -> None:

@@ -15,10 +15,10 @@ batch, heads, head_dim and device; `reset` frees everything.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.utils import ALL_CACHE_NAMES
@@ -29,12 +29,21 @@ from compress.cache.buffer import GrowingRows
 CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 
 
+def _packable(bits: int) -> int:
+    if bits != 16 and not 2 <= bits <= 8:
+        raise ValueError("expected 2 to 8, or 16 to keep the states as they came")
+    return bits
+
+
+Bits = Annotated[int, AfterValidator(_packable)]
+
+
 class CacheConfig(BaseModel):
     """Options that every method has; frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bits: int = Field(4, description="bits of a code, 2 to 8; 16 keeps the states as they came")
+    bits: Bits = Field(4, description="bits of a code, 2 to 8; 16 keeps the states as they came")
     exact_prefill: bool = Field(False, description="the call that fills an empty cache attends to its exact states")
     capacity: int = Field(0, ge=0, description="tokens to allocate at once; buffers double beyond it")
 

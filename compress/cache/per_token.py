@@ -21,11 +21,11 @@ Cost per update: O(new tokens) to write, plus 2 T head_dim (4 T head_dim^2 with 
 from __future__ import annotations
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from compress.cache.buffer import GrowingRows, half_of
-from compress.cache.layer import CacheConfig, PackedLayer
+from compress.cache.layer import Bits, CacheConfig, PackedLayer
 from compress.cache.quantizer import decode, encode, parts_of
 from compress.errors import CompressError
 
@@ -34,18 +34,11 @@ _ORTHONORMAL = 1e-2  # largest entry of |U^T U - I| that is still taken for roun
 
 
 class Config(CacheConfig):
-    key_bits: int | None = Field(None, description="bits of keys where they differ from `bits`")
-    value_bits: int | None = Field(None, description="bits of values where they differ from `bits`")
+    key_bits: Bits | None = Field(None, description="bits of keys where they differ from `bits`")
+    value_bits: Bits | None = Field(None, description="bits of values where they differ from `bits`")
     high_bits: int = Field(8, ge=2, le=8, description="bits of the last `high_channels` of every head")
     high_channels: int = Field(0, ge=0, description="channels of a head with high_bits; ResQ: head_dim / 8")
     sink_tokens: int = Field(0, ge=0, description="tokens at the start kept as they came")
-
-    @field_validator("bits", "key_bits", "value_bits")
-    @classmethod
-    def _packable(cls, bits: int | None) -> int | None:
-        if bits is not None and bits != 16 and not 2 <= bits <= 8:
-            raise ValueError("expected 2 to 8, or 16 to keep the states as they came")
-        return bits
 
 
 class Layer(PackedLayer):

@@ -20,6 +20,7 @@ import warnings
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from compress.cache import kivi
 from compress.cache.buffer import GrowingRows
@@ -28,6 +29,9 @@ from compress.cache.groups import GroupStore
 from compress.errors import CompressError
 
 Corrections = tuple[Tensor, list[Tensor]]  # the order of the channels, and the matrices in it
+
+_DECIDE = ("block", "strength", "relative", "rank", "natural_order", "cap")
+_known_corrections = WeakTensorKeyDictionary()  # of given metrics
 
 
 class Config(kivi.Config):
@@ -69,15 +73,13 @@ class QueryStore(GroupStore):
     def buffers(self) -> list[GrowingRows]:
         return [*super().buffers(), self.metric, self.order, self.moves]
 
-    @property
-    def curious(self) -> bool:
-        return super().curious or not self.frozen
+    def curious(self, new: int) -> bool:
+        return super().curious(new) or not (self.frozen or self.config.bits == 16)
 
     def alike(self) -> int:
         return super().alike() if self.frozen else 1
 
     def observe(self, queries: Tensor) -> None:
-        super().observe(queries)
         if not self.frozen:
             self.metric.rows()[:, :, 0] += torch.einsum("bhqtd,bhqte->bhde", queries, queries).flatten(-2)
 
@@ -146,7 +148,6 @@ class Layer(kivi.Layer):
     ) -> None:
         super().__init__(config, key_basis, value_basis)
         self.given = metric
-        self._shared: Corrections | None = None
 
     def moment(self) -> Tensor:
         """Sum of the queries' outer products over the batch so far, `[kv heads, head_dim, head_dim]`."""
@@ -156,11 +157,12 @@ class Layer(kivi.Layer):
         _, heads, _, width = key_states.shape
         if width % self.config.block:
             raise CompressError(f"block {self.config.block} does not divide the head_dim of {width}")
-        if self.given is not None and (self._shared is None or self._shared[0].device != key_states.device):
+        shared = None
+        if self.given is not None:
             if self.given.shape != (heads, width, width):
                 raise CompressError(f"a metric of this model is [{heads}, {width}, {width}], got {list(self.given.shape)}")
-            self._shared = _computed(_weighted(self.given[None].to(key_states.device), self.config), self.config)
-        return QueryStore(self.config, rows, key_states, value_states, self._shared)
+            shared = _of_given(self.given, self.config, key_states.device)
+        return QueryStore(self.config, rows, key_states, value_states, shared)
 
     def require_whole(self) -> None:
         super().require_whole()
@@ -171,6 +173,17 @@ class Layer(kivi.Layer):
 def _computed(metric: Tensor, config: Config) -> Corrections:
     order = visiting_order(metric, natural=config.natural_order)
     return order, corrections(metric, order, config.block, config.cap)
+
+
+def _of_given(metric_HDD: Tensor, config: Config, device: torch.device) -> Corrections:
+    """Of a metric that belongs to the model: computed once, however many caches are made with it."""
+    version = None if metric_HDD.is_inference() else metric_HDD._version  # of what was written into it since
+    key = (version, str(device), *(getattr(config, name) for name in _DECIDE))
+    known = _known_corrections.setdefault(metric_HDD, {})
+    if key not in known:
+        known.clear()  # changed since, or another device
+        known[key] = _computed(_weighted(metric_HDD[None].to(device), config), config)
+    return known[key]
 
 
 def _weighted(metric: Tensor, config: Config) -> Tensor:

@@ -73,3 +73,14 @@ def test_many_rows_are_sliced_and_joined() -> None:
         alone = torch.empty(2, 3, 8, 16)
         expand_groups_reference(packed[:, :, row : row + 1], affine[:, :, row : row + 1], 3, 16, alone)
         assert torch.equal(out[:, :, 8 * row : 8 * row + 8], alone)
+
+
+def test_every_eight_bit_float_is_known() -> None:
+    """Zeros, subnormals, the largest and the NaN, as scale and as minimum."""
+    affine = torch.arange(256).to(torch.uint8)[None, None, :, None].expand(1, 1, 256, 2).contiguous()
+    packed, units = pack(torch.arange(8).to(torch.uint8), 3).expand(1, 1, 256, -1).contiguous(), torch.ones(1, 1, 2)
+    want, out = torch.empty(1, 1, 256, 8), torch.empty(1, 1, 256, 8)
+    expand_groups_reference(packed, affine, 3, 1, want, units)
+    expand_groups(packed, affine, 3, 1, out, units)
+    torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
+    assert want.isnan().any(dim=-1).flatten().nonzero().flatten().tolist() == [127, 255]
