@@ -9,6 +9,10 @@ sensitivity of the output neuron it falls on (`compress.calibrate.sensitivity`),
 and the bytes of all matrices of the rule are spread at the least total price (`compress.knapsack`). Without search f is one:
 alternatives of one matrix are compared by its output error at equal bytes.
 
+Two things keep trials short. Where every neuron is solved for itself (unit vectors), one of every few neurons is tried, in
+the order of their sensitivities. And a form of dictionary that was the best for none of the first `_ENOUGH` matrices of a
+name is not tried on the others of that name.
+
 The prices add up errors as if they did not interact; that holds for small ones. `allocation.json` in the checkpoint keeps
 the candidates of every matrix. Cost: one pass of the block loop, a backward one for a search, and the trials.
 """
@@ -20,7 +24,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from math import inf
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,7 +39,7 @@ from compress.calibrate.sensitivity import StoredStates, output_gradients, throu
 from compress.errors import CompressError
 from compress.jsonfile import read_json
 from compress.knapsack import choose
-from compress.layers import dense_bytes, packed_bytes
+from compress.layers import Spec, dense_bytes, packed_bytes
 from compress.linalg import SecondMoment, relative
 from compress.memory import give_back_freed_memory
 from compress.model import build_skeleton, materialise, materialise_head, release
@@ -47,6 +50,8 @@ from compress.tensorfile import read_header, write_file, write_whole
 FILE = "allocation.json"
 _SENSITIVITY = "sensitivity.safetensors"
 _TOKENS = 16384  # enough to rank alternatives by; the real run takes all of them
+_NEURONS = 256  # of a matrix, at least, where they are tried one by one
+_ENOUGH = 4  # matrices of one name in which a form never was the best
 _BATCH_TOKENS = 1024  # the logits of a batch and their gradients are held at once
 
 
@@ -107,16 +112,26 @@ def trial_flops(prepared: Prepared) -> float:
     weights = sum(job.spec["in_features"] * job.spec["out_features"] for job in prepared.plan.jobs)
     passes = 5 if any(_minds(job, "allocation", "search") for job in jobs) else 1  # there, there again, and back
     total = 2.0 * tokens * weights * passes
+    forms = _Forms()
     for job in jobs:
         method, whole = methods.load(job.rule.method), job.rule.options
         site = methods.Site(job.spec["in_features"], job.spec["out_features"])
-        forms = _kinds(method, site, whole)
-        for tried in {*forms, *_alternatives(method, site, forms[0])}:
+        kinds = _kinds(method, site, whole)
+        kept = [kinds[index] for index in forms.worth_it(job, len(kinds))]
+        forms.note(job, 0)
+        for tried in {*kept, *_alternatives(method, site, kept[0])}:
             quick = method.quick(tried) if hasattr(method, "quick") else tried
+            neurons = site.out_features // _one_of(method, tried, site.out_features)
             with suppress(CompressError):  # what does not fit is not tried
                 spec = job_spec(prepared.model, job.name, prepared.source, job.rule.model_copy(update={"options": tried}))
-                total += method.flops(site.in_features, site.out_features, spec, quick)
+                total += method.flops(site.in_features, neurons, spec, quick)
     return total
+
+
+def _one_of(method: ModuleType, options: methods.MethodConfig, neurons: int) -> int:
+    """One of how many neurons is tried."""
+    alone = hasattr(method, "solves_neurons_alone") and method.solves_neurons_alone(options)
+    return max(1, neurons // _NEURONS) if alone else 1
 
 
 def _kinds(method: ModuleType, site: methods.Site, options: methods.MethodConfig) -> list[methods.MethodConfig]:
@@ -151,6 +166,7 @@ def _trials(
     backwards = searched or any(_minds(job, "weighting", "fisher") for job in jobs)
     progress.note(f"{'searching for' if searched else 'trying'} the best form of {len(jobs)} matrices on {few.count} tokens")
     runner = start_runner(prepared, few, batch_tokens=_BATCH_TOKENS)
+    forms = _Forms()
     passes = _backwards(prepared, runner, staging / "states") if backwards else _forwards(prepared, runner)
     for index, gradients in passes:
         here = [job for job in jobs if job.block == index]
@@ -164,7 +180,7 @@ def _trials(
         for job in here:
             moments.setdefault(id(grams[job.name]), second_moment(grams[job.name]))
             inputs = moments[id(grams[job.name])].for_outputs(sensitivity.get(job.name))
-            found[job.name] = _tried(prepared, job, inputs)
+            found[job.name] = _tried(prepared, job, inputs, forms)
         if len(found) * 5 // len(jobs) > (len(found) - len(here)) * 5 // len(jobs):
             progress.note(f"tried {len(found)} of {len(jobs)} matrices")
         give_back_freed_memory()
@@ -198,12 +214,34 @@ def _backwards(prepared: Prepared, runner: BlockRunner, folder: Path) -> Iterato
     shutil.rmtree(folder)
 
 
-def _tried(prepared: Prepared, job: Job, inputs: SecondMoment) -> list[Candidate]:
+class _Forms:
+    """The kinds of dictionary that are still worth a trial, by the name of the matrix and its rule."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple, int] = {}
+        self.won: dict[tuple, set[int]] = {}
+
+    def worth_it(self, job: Job, count: int) -> list[int]:
+        """Which of `count` kinds to try on a matrix."""
+        key = self._key(job)
+        return list(range(count)) if self.seen.get(key, 0) < _ENOUGH else sorted(self.won[key])
+
+    def note(self, job: Job, best: int) -> None:
+        key = self._key(job)
+        self.seen[key] = self.seen.get(key, 0) + 1
+        self.won.setdefault(key, set()).add(best)
+
+    @staticmethod
+    def _key(job: Job) -> tuple:
+        return job.name.rpartition(".")[2], job.rule
+
+
+def _tried(prepared: Prepared, job: Job, inputs: SecondMoment, forms: _Forms) -> list[Candidate]:
     """What the alternatives of a matrix cost: all sizes of the form that is best at the size it would have by itself."""
     method, whole = methods.load(job.rule.method), job.rule.options
     site = methods.Site(job.spec["in_features"], job.spec["out_features"])
     weight = prepared.source.read(f"{job.name}.weight").to(prepared.device, torch.float32)
-    energy, before = inputs.energy(weight), whole.model_dump()
+    before = whole.model_dump()
     found: dict[str, Candidate] = {}
 
     def trial(options: methods.MethodConfig) -> Candidate | None:
@@ -216,22 +254,23 @@ def _tried(prepared: Prepared, job: Job, inputs: SecondMoment) -> list[Candidate
         key = json.dumps(spec, sort_keys=True)
         if key not in found:
             try:
-                quick = method.quick(options) if hasattr(method, "quick") else options
-                tensors = method.compress(weight, inputs, spec, quick)
+                error, price = _priced(method, options, weight, inputs, spec)
             except (ValueError, torch.linalg.LinAlgError) as error:
                 raise CompressError(f"{job.name}: {error}") from error
-            approximation = filled_layer(spec, tensors, prepared.device).dense_weight()
-            errors, f_N = inputs.errors(weight, approximation), inputs.importance_N
-            price = float(errors.sum() if f_N is None else errors @ f_N.to(errors.device) / 2)
             changed = {name: value for name, value in options.model_dump().items() if value != before[name]}
-            found[key] = Candidate(changed, packed_bytes(spec), relative(errors, energy), price)
+            found[key] = Candidate(changed, packed_bytes(spec), error, price)
         return found[key]
 
-    forms = _kinds(method, site, whole)
-    if len(forms) > 1:
-        prices = [tried.price if (tried := trial(form)) else inf for form in forms]
-        forms = [forms[prices.index(min(prices))]]
-    sizes = _alternatives(method, site, forms[0])
+    kinds = _kinds(method, site, whole)
+    best, worth_it = 0, forms.worth_it(job, len(kinds))
+    if len(worth_it) > 1:
+        prices = {index: tried.price for index in worth_it if (tried := trial(kinds[index])) is not None}
+        best = min(prices, key=prices.__getitem__, default=0)
+    elif worth_it:
+        best = worth_it[0]
+    if len(kinds) > 1:
+        forms.note(job, best)
+    sizes = _alternatives(method, site, kinds[best])
     if len(sizes) > 1:
         found.clear()  # the other forms lost
     for options in sizes:
@@ -239,6 +278,26 @@ def _tried(prepared: Prepared, job: Job, inputs: SecondMoment) -> list[Candidate
     if not found:
         raise CompressError(f"{job.name}: nothing fits its budget; lower the ratio, or leave it out with `method: none`")
     return list(found.values())
+
+
+def _priced(
+    method: ModuleType, options: methods.MethodConfig, weight: Tensor, inputs: SecondMoment, spec: Spec
+) -> tuple[float, float]:
+    """Relative output error and price of one way to store a matrix, from a sample of its neurons where that will do."""
+    importance = inputs.importance_N
+    every, share = _one_of(method, options, len(weight)), 1.0
+    if every > 1:
+        order = importance.argsort() if importance is not None else torch.arange(len(weight))
+        rows = order.to(weight.device)[every // 2 :: every]
+        share = len(weight) / len(rows)
+        weight, importance = weight[rows], None if importance is None else importance[rows.to(importance.device)]
+        inputs, spec = inputs.for_outputs(importance), spec | {"out_features": len(rows)}
+    quick = method.quick(options) if hasattr(method, "quick") else options
+    tensors = method.compress(weight, inputs, spec, quick)
+    approximation = filled_layer(spec, tensors, weight.device).dense_weight()
+    errors = inputs.errors(weight, approximation)
+    price = float(errors.sum() if importance is None else errors @ importance.to(errors.device) / 2)
+    return relative(errors, inputs.energy(weight)), share * price
 
 
 def _choices(jobs: list[Job], found: dict[str, list[Candidate]], progress: Progress) -> dict[str, int]:

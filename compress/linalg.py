@@ -30,6 +30,7 @@ class SecondMoment:
         self.unseen = unseen
         self.importance_N: Tensor | None = None
         self._whitenings: dict[float, tuple[Tensor, Tensor]] = {}
+        self._inverses: dict[float, tuple[Tensor, Tensor]] = {}
 
     def for_outputs(self, importance_N: Tensor | None) -> SecondMoment:
         """The same moments for a layer whose errors in output n count `importance_N[n]` times; factorizations are shared."""
@@ -71,6 +72,16 @@ class SecondMoment:
         if damping not in self._whitenings:
             self._whitenings[damping] = whitening(self.gram_II, damping)
         return self._whitenings[damping]
+
+    def unit_inverse(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """The root of the diagonal `[I]`, and the inverse of the Gram matrix of inputs divided by it, plus a ridge; fp64,
+        remembered."""
+        if ridge not in self._inverses:
+            norm = self.gram_II.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+            eye = torch.eye(len(norm), dtype=torch.float64, device=norm.device)
+            unit = self.gram_II / norm / norm[:, None] + ridge * eye
+            self._inverses[ridge] = norm, torch.cholesky_inverse(torch.linalg.cholesky(unit))
+        return self._inverses[ridge]
 
 
 def relative(error_N: Tensor, energy_N: Tensor) -> float:

@@ -6,12 +6,13 @@ A method file holds
     plan(site, config) -> dict                        the storage spec it will use, from the layer's sizes and place
     compress(weight_NI, inputs: SecondMoment, spec, config) -> dict[str, Tensor]    the packed tensors of that spec
 
-and nothing else is edited to add one. `plan` raises ValueError when the sizes cannot meet the ratio. Three functions are
+and nothing else is edited to add one. `plan` raises ValueError when the sizes cannot meet the ratio. Four functions are
 optional, where options leave something to be decided for each matrix by trial (`compress.allocation`):
 
     kinds(site, config) -> list[Config]               forms to compare at equal bytes
     alternatives(site, config) -> list[Config]        sizes to try of one form, each settling everything
     quick(config) -> Config                           the same at less expense, for the trial
+    solves_neurons_alone(config) -> bool              whether a sample of the neurons tells what all of them would cost
 """
 
 from __future__ import annotations

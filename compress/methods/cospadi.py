@@ -33,7 +33,7 @@ from compress.linalg import SecondMoment, power_of_two
 from compress.methods import MAX_SEED, Site, bf16
 from compress.methods._budget import BudgetConfig
 from compress.quantizer import SCALE_DTYPE, dequantize, groups_of, quantize, search_scale
-from compress.solvers import gptq, ksvd, orthogonal, pursuit, union
+from compress.solvers import elimination, gptq, ksvd, orthogonal, pursuit, union
 
 _BALANCES = {"none": 0, "2:4": 4, "16:32": 32}
 _WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -54,7 +54,8 @@ class Config(BudgetConfig):
         "none", description="learned: neurons count alike, or by how much the model's output minds their errors"
     )
     learned_share: float = Field(1 / 32, gt=0, le=0.5, description="identity+learned: learned atoms per input feature")
-    thresholds: int = Field(3, ge=0, description="identity: hard-thresholding steps in search of the support")
+    rounds: int = Field(16, ge=1, description="identity: rounds in which weights are pruned")
+    thresholds: int = Field(3, ge=0, description="hard-thresholding steps behind them, where less than half is left")
     refit_steps: int = Field(40, ge=0, description="conjugate-gradient steps of the final codes, at most")
     polish: int = Field(2, ge=0, description="integers: sweeps of coordinate descent, and refits of the scales")
     atoms_per_nonzero: float = Field(2.0, ge=1, le=16, description="learned: rho = K / s, before rounding")
@@ -102,10 +103,15 @@ def alternatives(site: Site, config: Config) -> list[Config]:
     return tries
 
 
+def solves_neurons_alone(config: Config) -> bool:
+    """Whether a neuron's codes are the same whichever others there are."""
+    return config.dictionary == "identity"
+
+
 def quick(config: Config) -> Config:
     """The same at less expense: enough to compare alternatives by."""
     steps = 4 if config.value_bits == 16 else 0  # GPTQ makes good what is left off
-    least = {"iterations": 1, "refits": 2, "thresholds": 0, "refit_steps": steps, "polish": 0}
+    least = {"iterations": 1, "refits": 2, "rounds": 4, "thresholds": 0, "refit_steps": steps, "polish": 0}
     return config.model_copy(update=least)
 
 
@@ -200,12 +206,12 @@ def compress(weight_NI: Tensor, inputs: SecondMoment, spec: Spec, config: Config
     tensors: dict[str, Tensor] = {}
     mask = None
     if not spec["num_atoms"]:
-        moments, codes = (gram, weight @ gram), weight
+        moments, codes = (gram, weight @ gram), _pruned(weight, inputs, spec, config)
     elif spec["unit_atoms"]:
-        whitening = inputs.whitening(config.damping)
+        pruned, whitening = _pruned(weight, inputs, spec, config), inputs.whitening(config.damping)
         sizes = (spec["num_atoms"], spec["num_nonzeros"])
         dictionary, codes = union.solve(
-            weight, gram, whitening, *sizes, thresholds=config.thresholds, importance_N=_importance(inputs, config)
+            weight, gram, whitening, pruned, *sizes, thresholds=config.thresholds, importance_N=_importance(inputs, config)
         )
         stored, tensors = _rounded_dictionary(dictionary, spec["dictionary_bits"])
         moments = union.union_moments(gram, weight, stored)
@@ -215,7 +221,8 @@ def compress(weight_NI: Tensor, inputs: SecondMoment, spec: Spec, config: Config
         image = gram @ stored
         moments = (stored.T @ image, weight @ image)
     if mask is None:
-        effort = {"thresholds": config.thresholds, "steps": config.refit_steps}
+        decided = not spec["num_atoms"] and not spec["balance"] and 2 * spec["num_nonzeros"] >= weight.shape[1]
+        effort = {"thresholds": 0 if decided else config.thresholds, "steps": config.refit_steps}
         codes, mask = pursuit.solve(*moments, codes, spec["num_nonzeros"], balance=spec["balance"], **effort)
     else:  # L^{-1} amplifies the rounding of atoms in weak directions: a refit takes that up
         codes = pursuit.refit_codes(*moments, codes, mask, config.refit_steps)
@@ -226,6 +233,15 @@ def compress(weight_NI: Tensor, inputs: SecondMoment, spec: Spec, config: Config
         codes.float(), moments[0], groups, sweeps=config.polish, refits=config.polish, mask_NI=mask
     )
     return {**tensors, **packed_codes(spec, integers, mask, scales * scale)}
+
+
+def _pruned(weight: Tensor, inputs: SecondMoment, spec: Spec, config: Config) -> Tensor:
+    """The weight with as many entries in every row as are left beside a code of each learned atom."""
+    nonzeros = max(1, spec["num_nonzeros"] - spec["num_atoms"])
+    if nonzeros >= weight.shape[1]:
+        return weight
+    inverse = inputs.unit_inverse(elimination.RIDGE)
+    return elimination.prune(inverse, weight, nonzeros, balance=spec["balance"], rounds=config.rounds)
 
 
 def _learned(weight: Tensor, inputs: SecondMoment, spec: Spec, config: Config) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,8 +301,10 @@ def flops(in_features: int, out_features: int, spec: Spec, config: Config) -> fl
         rounding = 25 * atoms**3 + 10 * passes * atoms**2 * out_features
     step, whiten = 2 * atoms**2 * out_features, 25 * in_features**3
     if spec["unit_atoms"]:
-        steps = 10 * (config.thresholds + 1) + 80
-        return rounding + (whiten + steps * step) * (2 if learned else 1)
+        pruning = 6 * config.rounds * 2 * in_features**2 * out_features + 10 * in_features**3
+        refit = min(config.refit_steps, 12) * 2 * step  # in fp64
+        pursued = 10 * (config.thresholds + 1) * step * (3 if learned else 2 * nonzeros < in_features)
+        return rounding + pruning + refit + pursued + (whiten if learned else 0)
     rounding += 80 * step
     if config.solver == "ksvd":
         coding = 40 * out_features * learned * nonzeros**2 / 2  # bound by memory, not arithmetic

@@ -6,8 +6,9 @@ minimise ||X (W - A S)||^2 over S with s entries per row. H = A^T G A and C = W 
 so one solver serves unit vectors (pruning: A = I), learned atoms, and both side by side.
 
 1. Every atom is scaled to unit norm, H to a unit diagonal: a code is then worth its square, whatever its atom's size.
-2. The support: the s largest codes, then thresholding steps, in which entries outside compete by what each alone would
-   still gain. The best support met is kept, so a step never hurts.
+2. The support: the s largest codes of the start, then thresholding steps, in which entries outside compete by what each
+   alone would still gain. The best support met is kept, so a step never hurts. Unit vectors have a better start than the
+   weight itself: `compress.solvers.elimination`.
 3. The codes on the support by conjugate gradient to convergence, in fp64.
 
 ADMM in search of the support, as published for pruning, ended no better than three thresholding steps (docs/log.md).

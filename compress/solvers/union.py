@@ -33,6 +33,7 @@ def solve(
     weight_NI: Tensor,
     gram_II: Tensor,
     whitening: tuple[Tensor, Tensor],
+    pruned_NI: Tensor,
     num_learned: int,
     nonzeros: int,
     *,
@@ -46,6 +47,7 @@ def solve(
         weight_NI: fp64.
         gram_II: second moment of the inputs, fp64, positive definite.
         whitening: `(L, L_inv)` of it.
+        pruned_NI: the weight as unit vectors alone would have it, with room left for a learned code of every atom.
         num_learned: K.
         nonzeros: of a neuron over both kinds of atoms.
         rounds: how often the learned atoms are fitted.
@@ -55,11 +57,10 @@ def solve(
     whiten, unwhiten = whitening
     inputs = len(gram_II)
     effort = {"thresholds": thresholds, "steps": 8}
-    units, _ = pursuit.solve(gram_II, weight_NI @ gram_II, weight_NI, max(1, nonzeros - num_learned), **effort)
     root_N = weight_NI.new_ones(len(weight_NI)) if importance_N is None else importance_N.sqrt()
-    rest_IN = whiten @ (weight_NI - units).T
+    rest_IN = whiten @ (weight_NI - pruned_NI).T
     directions = leading_directions(rest_IN * root_N, num_learned)
-    codes = torch.cat([units, rest_IN.T @ directions], dim=1)
+    codes = torch.cat([pruned_NI, rest_IN.T @ directions], dim=1)
     for attempt in range(rounds):
         if attempt:
             rest_IN = whiten @ (weight_NI - codes[:, :inputs]).T
