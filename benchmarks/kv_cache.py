@@ -14,7 +14,8 @@ busy machine slows all of them; a figure is the median over rounds. `peak` is wh
 process held before it (Linux), to be read against a full-precision copy of one layer and of all.
 
 `--caches` takes names of `CACHES` or `method:option=value,option=value`; `quanto` and `hqq` are transformers' own quantized
-caches at 2 bits in groups of 32 with 32 exact tokens, if their packages are installed (3 bits by calculation, not measured).
+caches at 2 bits in groups of 32 with 32 exact tokens, if their packages are installed (bits of what is packed by
+calculation, bits of everything from the tensors that they hold).
 """
 
 from __future__ import annotations
@@ -79,13 +80,36 @@ def measure(model: nn.Module, windows: Tensor, prompt: int, batch: int, name: st
             columns.setdefault(column, []).append(total / (ids.shape[1] - prompt))
     seconds = (time.perf_counter() - began) / (len(windows) * (windows.shape[1] - prompt))
     found = {column: torch.cat(parts) for column, parts in columns.items()}
-    packed, total = (cache.packed_bits_per_element, bits_of(cache)) if isinstance(cache, KVCache) else (3.0, None)
-    return found | {"bits": total, "packed_bits": packed, "seconds": seconds}
+    packed = cache.packed_bits_per_element if isinstance(cache, KVCache) else 3.0
+    return found | {"bits": bits_of(cache), "packed_bits": packed, "seconds": seconds}
 
 
-def bits_of(cache: KVCache) -> float:
-    """Bits per key or value in packed layers, everything counted; exact states count 16, whatever the dtype of this run."""
+def held(stored: Any) -> list[Tensor]:
+    """Every plain tensor in whatever a backend of transformers holds: tensors of its own kind, tuples, dictionaries."""
+    if isinstance(stored, Tensor) and hasattr(stored, "__tensor_flatten__"):
+        return [part for name in stored.__tensor_flatten__()[0] for part in held(getattr(stored, name))]
+    if isinstance(stored, Tensor):
+        return [stored]
+    parts = stored.values() if isinstance(stored, dict) else stored if isinstance(stored, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in held(part)]
+
+
+def bits_of(cache: Any) -> float:
+    """Bits per key or value in packed layers, everything counted; exact states count 16, whatever the dtype of this run, and
+    so do the scales of other backends, which take the dtype of the run."""
     total, elements = 0, 0
+    if not isinstance(cache, KVCache):
+        for layer in cache.layers:
+            stored = [
+                layer.keys,
+                layer.values,
+                getattr(layer, "_quantized_keys", ()),
+                getattr(layer, "_quantized_values", ()),
+            ]
+            total += sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in held(stored))
+            batch, heads, _, width = layer.keys.shape
+            elements += 2 * batch * heads * width * layer.get_seq_length()
+        return 8 * total / elements
     for layer in cache.packed:
         exact = layer.numel() - layer.packed_size()[1]
         total += layer.nbytes - exact * layer.dtype.itemsize + 2 * exact
@@ -171,7 +195,7 @@ def speed(args: argparse.Namespace) -> None:
             plain = median(seconds["plain"])
             for name, cache in caches.items():
                 took = median(seconds[name])
-                size = f"{bits_of(cache) / 16:.1%}" if isinstance(cache, KVCache) else ""
+                size = f"{bits_of(cache) / 16:.1%}"
                 table.add_row(name, f"{1e3 * took:.1f}", f"{took / plain:.2f}", size, f"{peaks[name] / 1e6:.0f}")
             layer = 4 * 2 * full.layers[-1].keys[:, :, :length].numel() / 1e6
             table.caption = f"an fp32 copy of one layer {layer:.0f} MB, of all {layer * len(full.layers):.0f} MB"

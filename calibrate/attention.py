@@ -19,7 +19,7 @@ def observed_attention(model: nn.Module, observer: Observer) -> Iterator[None]:
 
     query `[batch, heads, tokens, head_dim]`, key and value `[batch, kv heads, tokens, head_dim]`.
     """
-    own = look_before(model, _NAME, lambda module, query, key, value, mask: observer(module, query, key, value))
+    own = look_before(model, _NAME, lambda *seen, **options: observer(*seen[:4]))
     try:
         yield
     finally:

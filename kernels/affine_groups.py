@@ -44,7 +44,7 @@ def expand_groups(
         return
     if out.is_cuda and gpu.usable(out) and all(map(_one_outer, (packed, affine, out))):
         gpu.expand_groups(packed, affine, bits, runs, out, units, centre)
-    elif _fits(packed, affine, out, runs):
+    elif fits_cpu(packed, affine, out, runs) and _one_outer(out):
         cpu.expand_groups(packed, affine, bits, runs, out, units, centre)
     else:
         expand_groups_reference(packed, affine, bits, runs, out, units, centre)
@@ -82,11 +82,11 @@ def affine_values(affine: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor]
     return scale * units[:, :, None, :1], minimum * units[:, :, None, 1:]
 
 
-def _fits(packed: Tensor, affine: Tensor, out: Tensor, runs: int) -> bool:
-    """Whether the C++ kernel reads these; scales of fp16 and other dtypes are left to the reference."""
-    known = affine.dtype in (torch.uint8, torch.bfloat16) and out.dtype in (torch.float32, torch.bfloat16)
-    dense = all(map(_one_outer, (packed, affine, out)))
-    return known and dense and runs <= 512 and type(out) is Tensor and cpu.usable(out)
+def fits_cpu(packed: Tensor, affine: Tensor, dense: Tensor, runs: int) -> bool:
+    """Whether the C++ kernels read these beside states like `dense`; scales of fp16 are left to the reference."""
+    known = affine.dtype in (torch.uint8, torch.bfloat16) and dense.dtype in (torch.float32, torch.bfloat16)
+    whole = _one_outer(packed) and _one_outer(affine)
+    return known and whole and runs <= 512 and type(dense) is Tensor and cpu.usable(dense)
 
 
 def _one_outer(tensor: Tensor) -> bool:

@@ -176,20 +176,73 @@ def expand_groups(
     """
     batch, heads, tokens, channels = out.shape
     rows = packed.shape[2]
-    eight_bits = affine.dtype == torch.uint8
-
-    def outer(tensor: Tensor) -> int:
-        return tensor.stride(1) if heads > 1 else tensor.stride(0)
-
-    extra = [None if tensor is None else tensor.float().contiguous() for tensor in (units, centre)]
+    extra = _floats(units, centre)
     compiled().expand_groups(
-        _pointer(packed), *map(ctypes.c_long, (outer(packed), packed.stride(2))),
-        _pointer(affine), *map(ctypes.c_long, (outer(affine), affine.stride(2))), ctypes.c_int(eight_bits),
-        *(None if tensor is None else _pointer(tensor) for tensor in extra),
-        _pointer(out), ctypes.c_int(out.dtype == torch.bfloat16), *map(ctypes.c_long, (outer(out), out.stride(2))),
+        *_stored(packed, affine),
+        *map(_optional, extra),
+        _pointer(out), ctypes.c_int(out.dtype == torch.bfloat16), *map(ctypes.c_long, (_outer(out), out.stride(2))),
         *map(ctypes.c_long, (batch * heads, rows, tokens // rows, runs, channels // runs)),
         *map(ctypes.c_int, (bits, torch.get_num_threads())),
     )  # fmt: skip
+
+
+def group_scores(
+    query: Tensor, packed: Tensor, affine: Tensor, bits: int, runs: int, units: Tensor | None, centre: Tensor | None
+) -> Tensor | None:
+    """Products `[batch, heads, queries, tokens]` of queries with a cache's groups; None for shapes that it does not know."""
+    batch, heads, queries, width = query.shape
+    rows = packed.shape[2]
+    tokens = packed.shape[3] * 8 // bits // width  # of a row; whole bytes, since width is a multiple of 8
+    query, scores = query.float().contiguous(), torch.empty(batch, heads, queries, rows * tokens)
+    extra = _floats(units, centre)
+    done = compiled().group_scores(
+        *_stored(packed, affine),
+        *map(_optional, extra),
+        *map(_pointer, (query, scores)),
+        *map(ctypes.c_long, (batch * heads, queries, rows, tokens, runs, width // runs)),
+        *map(ctypes.c_int, (bits, torch.get_num_threads())),
+    )
+    return scores if done else None
+
+
+def group_sums(
+    weights: Tensor, packed: Tensor, affine: Tensor, bits: int, runs: int, width: int, units: Tensor | None
+) -> Tensor | None:
+    """Sums `[batch, heads, queries, width]` of a cache's rows of one token, each times its weight; None as above."""
+    batch, heads, queries, rows = weights.shape
+    parts = torch.get_num_threads()
+    weights, sums = weights.float().contiguous(), torch.empty(parts, batch, heads, queries, width)
+    extra = _floats(units)
+    done = compiled().group_sums(
+        *_stored(packed, affine),
+        *map(_optional, extra),
+        *map(_pointer, (weights, sums)),
+        *map(ctypes.c_long, (parts, batch * heads, queries, rows, runs, width // runs)),
+        *map(ctypes.c_int, (bits, parts)),
+    )
+    return sums.sum(dim=0) if done else None
+
+
+def _stored(packed: Tensor, affine: Tensor) -> tuple[object, ...]:
+    """Codes, scales and minima with their strides, as the kernels of a KV cache take them."""
+    eight_bits = ctypes.c_int(affine.dtype == torch.uint8)
+    return (
+        _pointer(packed), *map(ctypes.c_long, (_outer(packed), packed.stride(2))),
+        _pointer(affine), *map(ctypes.c_long, (_outer(affine), affine.stride(2))), eight_bits,
+    )  # fmt: skip
+
+
+def _outer(tensor: Tensor) -> int:
+    """The stride of batch and heads as one dimension."""
+    return tensor.stride(1) if tensor.shape[1] > 1 else tensor.stride(0)
+
+
+def _floats(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.float().contiguous() for tensor in tensors]
+
+
+def _optional(tensor: Tensor | None) -> ctypes.c_void_p | None:
+    return None if tensor is None else _pointer(tensor)
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

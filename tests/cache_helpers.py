@@ -9,6 +9,8 @@ from torch import Tensor
 
 from compress.cache import read_config
 from compress.cache.per_token import Layer
+from compress.kernels.affine_groups import EIGHT_BITS
+from compress.kernels.pack import pack, packed_width
 
 
 def new_layer(bases: tuple[Tensor | None, Tensor | None] = (None, None), **options: Any) -> Layer:
@@ -45,3 +47,18 @@ def logits(model: torch.nn.Module, ids: Tensor, cache: Any, chunks: list[int] | 
     with torch.no_grad():
         parts = [model(part, past_key_values=cache).logits for part in ids.split(chunks or ids.shape[1], dim=1)]
     return torch.cat(parts, dim=1)
+
+
+def packed_groups(
+    bits: int, rows: int, tokens: int, runs: int, run: int, kind: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows inside larger, poisoned buffers, as a growing cache holds them."""
+    codes = torch.randint(0, 1 << bits, (2, 3, rows, tokens * runs * run), dtype=torch.uint8)
+    packed = torch.full((2, 3, rows + 5, packed_width(codes.shape[-1], bits)), 255, dtype=torch.uint8)
+    packed[:, :, :rows] = pack(codes, bits)
+    numbers = torch.randn(2, 3, rows, 2 * runs)
+    affine = torch.full((2, 3, rows + 5, 2 * runs), 127 if kind == EIGHT_BITS else torch.nan)
+    affine = affine.to(torch.uint8) if kind == EIGHT_BITS else affine.to(kind)
+    affine[:, :, :rows] = numbers.to(EIGHT_BITS).view(torch.uint8) if kind == EIGHT_BITS else numbers.to(kind)
+    units = torch.rand(2, 3, 2) + 0.5 if kind == EIGHT_BITS else None
+    return packed[:, :, :rows], affine[:, :, :rows], units

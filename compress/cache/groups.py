@@ -226,22 +226,38 @@ class GroupStore:
             whole.append(states)
         return whole[0], whole[1]
 
+    @property
+    def attends(self) -> bool:
+        """Whether attention may run on the packed groups: something is packed, and nothing is added to keys behind them."""
+        return self.key_codes.length > 0 and not self.waiting and not self._uses_wave()
+
+    def packed_keys(self) -> tuple[Any, ...]:
+        """Codes, scales and minima, bits, runs, units and centre, as `group_scores` takes them."""
+        centre = self._centre().squeeze(2)
+        return self.key_codes.rows(), self.key_affine.rows(), self.key_bits, self.head_dim, self._units("keys"), centre
+
+    def packed_values(self) -> tuple[Any, ...]:
+        """The same without a centre, as `group_sums` takes them, with their width before the units."""
+        runs = self.value_dim // self.value_group
+        stored = self.value_codes.rows(), self.value_affine.rows()
+        return *stored, self.value_bits, runs, self.value_dim, self._units("values")
+
     def _expand_keys(self, out: Tensor) -> None:
-        codes, affine, size = self.key_codes.rows(), self.key_affine.rows(), self.config.group_size
-        width, units, centre = self.head_dim, self._units("keys"), self._centre().squeeze(2)
+        codes, affine, bits, width, units, centre = self.packed_keys()
+        size = self.config.group_size
         if not self._uses_wave():
-            expand_groups(codes, affine, self.key_bits, width, out, units, centre)
+            expand_groups(codes, affine, bits, width, out, units, centre)
             return
         step = max(1, _SLICE // size)
         for first in range(0, codes.shape[2], step):
             groups, part = slice(first, first + step), out[:, :, first * size : (first + step) * size]
             keys = torch.empty(part.shape, device=part.device)  # the wave is added before they are rounded
-            expand_groups(codes[:, :, groups], affine[:, :, groups], self.key_bits, width, keys, units, centre)
+            expand_groups(codes[:, :, groups], affine[:, :, groups], bits, width, keys, units, centre)
             part.copy_(keys + self._wave(self.config.sink_tokens + first * size, part.shape[2]))
 
     def _expand_values(self, out: Tensor) -> None:
-        runs = self.value_dim // self.value_group
-        expand_groups(self.value_codes.rows(), self.value_affine.rows(), self.value_bits, runs, out, self._units("values"))
+        codes, affine, bits, runs, _, units = self.packed_values()
+        expand_groups(codes, affine, bits, runs, out, units)
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens; of a cut group the kept ones go back to the window as they read."""

@@ -27,6 +27,7 @@ from compress.cache.buffer import GrowingRows, require_same
 from compress.cache.groups import GroupStore
 from compress.cache.layer import Bits, CacheConfig, PackedLayer
 from compress.cache.queries import expect_queries
+from compress.cache.unread import Unread, attend
 from compress.cache.wave import Wave
 from compress.errors import CompressError
 
@@ -61,6 +62,8 @@ class Layer(PackedLayer):
     """One attention layer: a store for every amount of padding in the batch."""
 
     config: Config
+    newest = 0  # tokens of the last call
+    version = 0  # counts the calls
     reads_in_one_pass = False  # a token meets its neighbours exact, and rounded only once they are old
 
     def __init__(self, config: Config, key_basis: Tensor | None = None, value_basis: Tensor | None = None) -> None:
@@ -84,6 +87,7 @@ class Layer(PackedLayer):
         return [buffer for store in self.stores for buffer in store.buffers()]
 
     def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.newest, self.version = key_states.shape[2], self.version + 1
         require_same(key_states, *(self.shape[key] for key in ("batch", "heads", "head_dim")))
         for store in self.stores:
             if store.waiting:  # the last call's queries never came
@@ -148,6 +152,22 @@ class Layer(PackedLayer):
         return min(store.alike() for store in self.stores) if self.stores else 1
 
     def read(self) -> tuple[Tensor, Tensor]:
+        """All keys and values; those of a decode step are left `Unread`, for the attention function to do without."""
+        known = self.device.type == "cpu" and self.dtype != torch.float64 and not torch.compiler.is_compiling()
+        if known and self.newest == 1 and self.watched and all(store.attends for store in self.stores):
+            return Unread.of(self)
+        return self.dense()
+
+    def attend(self, query: Tensor, valid: Tensor | None, scaling: float) -> Tensor | None:
+        """The output of attention on the packed bytes; None where a row may not read all that is stored of it."""
+        if valid is not None:
+            for store in self.stores:
+                if not all(valid[store.rows][:, place].all() for place in store.places()):
+                    return None
+        return attend(self.stores, query, scaling)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """All keys and values in the dtypes they came in."""
         if len(self.stores) == 1 and not self.stores[0].gaps:
             return self.stores[0].read()
         whole: list[Tensor] = []

@@ -4,26 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
+from cache_helpers import packed_groups
 from compress.kernels import cpu
 from compress.kernels.affine_groups import EIGHT_BITS, expand_groups, expand_groups_reference
-from compress.kernels.pack import pack, packed_width
-
-
-def stored(
-    bits: int, rows: int, tokens: int, runs: int, run: int, kind: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows inside larger, poisoned buffers, as a growing cache holds them."""
-    codes = torch.randint(0, 1 << bits, (2, 3, rows, tokens * runs * run), dtype=torch.uint8)
-    packed = torch.full((2, 3, rows + 5, packed_width(codes.shape[-1], bits)), 255, dtype=torch.uint8)
-    packed[:, :, :rows] = pack(codes, bits)
-    numbers = torch.randn(2, 3, rows, 2 * runs)
-    affine = torch.full((2, 3, rows + 5, 2 * runs), 127 if kind == EIGHT_BITS else torch.nan)
-    affine = affine.to(torch.uint8) if kind == EIGHT_BITS else affine.to(kind)
-    affine[:, :, :rows] = numbers.to(EIGHT_BITS).view(torch.uint8) if kind == EIGHT_BITS else numbers.to(kind)
-    units = torch.rand(2, 3, 2) + 0.5 if kind == EIGHT_BITS else None
-    return packed[:, :, :rows], affine[:, :, :rows], units
+from compress.kernels.pack import pack
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -39,7 +24,7 @@ def test_the_kernel_is_the_reference(
     if cpu.compiled() is None:
         pytest.skip("no C++ compiler")
     rows, channels = 5, runs * run
-    packed, affine, units = stored(bits, rows, tokens, runs, run, kind)
+    packed, affine, units = packed_groups(bits, rows, tokens, runs, run, kind)
     for centre in (None, torch.randn(2, 3, channels)):
         out, want = torch.full((2, 2, 3, rows * tokens + 9, channels + 4), torch.nan, dtype=dtype)
         part = (slice(None), slice(None), slice(4, 4 + rows * tokens), slice(0, channels))
@@ -52,7 +37,7 @@ def test_the_kernel_is_the_reference(
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
 def test_every_layout_has_a_way(kind: torch.dtype) -> None:
     """Scales in fp16, heads that are not next to their batch in memory and fp16 results run the reference."""
-    packed, affine, _ = stored(4, 3, 1, 2, 8, kind)
+    packed, affine, _ = packed_groups(4, 3, 1, 2, 8, kind)
     want = torch.empty(2, 3, 3, 16)
     expand_groups_reference(packed, affine, 4, 2, want)
     for out in (torch.empty(3, 2, 3, 16).transpose(0, 1), torch.empty(2, 3, 16, 3).mT, torch.empty(2, 3, 3, 16)):
@@ -66,7 +51,7 @@ def test_every_layout_has_a_way(kind: torch.dtype) -> None:
 
 
 def test_many_rows_are_sliced_and_joined() -> None:
-    packed, affine, _ = stored(3, 300, 8, 16, 1, torch.float16)
+    packed, affine, _ = packed_groups(3, 300, 8, 16, 1, torch.float16)
     out = torch.full((2, 3, 2400, 16), torch.nan)
     expand_groups(packed, affine, 3, 16, out)
     for row in (0, 127, 128, 299):

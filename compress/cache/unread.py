@@ -1,0 +1,84 @@
+"""Keys and values that nobody has read yet: what a packed layer returns for a decode step.
+
+`Cache.update` must return tensors, and attention comes later, out of the model's hands. An `Unread` is a tensor of the right
+shape without data. The attention function that stands in front of the model's own (`compress.cache.queries`) knows it and
+reads the packed bytes themselves (`attend`); whatever else touches it, a model that does something with its keys in between,
+gets them multiplied out at that moment, as always.
+
+    scores of sinks and window | scores of packed groups        softmax        the same two parts of the values
+
+Cost: `compress.kernels.group_attention`; nothing of the cache's size is written but the scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from compress.cache.groups import GroupStore
+from compress.kernels.group_attention import group_scores, group_sums
+
+
+class Unread(Tensor):
+    """The keys (side 0) or values (side 1) of a layer, `[batch, heads, tokens, width]`."""
+
+    @staticmethod
+    def __new__(cls, layer: Any, side: int, once: dict[str, Any]) -> Unread:
+        shape = (layer.shape["batch"], layer.shape["heads"], layer.length, layer.shape[("head_dim", "value_dim")[side]])
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
+
+    def __init__(self, layer: Any, side: int, once: dict[str, Any]) -> None:
+        self.layer, self.side, self.version, self.once = layer, side, layer.version, once
+
+    def read(self) -> Tensor:
+        """The states themselves; RuntimeError when the cache has changed since."""
+        if not self.once:
+            if self.layer.version != self.version:
+                raise RuntimeError("keys and values must be read, or cloned, before the cache goes on")
+            self.once["states"] = self.layer.dense()
+        return self.once["states"][self.side]
+
+    @classmethod
+    def of(cls, layer: Any) -> tuple[Unread, Unread]:
+        """Both sides; reading one of them reads the other."""
+        once: dict[str, Any] = {}
+        return cls(layer, 0, once), cls(layer, 1, once)
+
+    def __repr__(self) -> str:
+        return f"Unread({list(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = tree_map_only(Unread, Unread.read, (args, kwargs or {}))
+        return func(*read[0], **read[1])
+
+
+def attend(stores: list[GroupStore], query: Tensor, scaling: float) -> Tensor:
+    """The output of attention, `[batch, 1, heads, value width]`, for one new query per row and head.
+
+    Args:
+        stores: together all rows of the batch; every token that they hold is read.
+        query: `[batch, query heads, 1, head_dim]`.
+    """
+    heads = stores[0].exact_keys.data.shape[1]
+    queries = query.squeeze(2).unflatten(1, (heads, -1))  # those of a KV head follow each other
+    if len(stores) == 1:
+        out = _attend(stores[0], queries, scaling)
+    else:
+        out = torch.empty(*queries.shape[:3], stores[0].value_dim, device=query.device)
+        for store in stores:
+            out[store.rows] = _attend(store, queries[store.rows], scaling)
+    return out.flatten(1, 2)[:, None].to(query.dtype)
+
+
+def _attend(store: GroupStore, queries: Tensor, scaling: float) -> Tensor:
+    """`[rows, heads, queries of a head, value width]` fp32."""
+    scaled = queries.float() * scaling
+    exact_keys, exact_values = store.exact_keys.rows(), store.exact_values.rows()
+    scores = torch.cat([scaled @ exact_keys.float().mT, group_scores(scaled, *store.packed_keys())], dim=-1)
+    weights = scores.softmax(dim=-1)
+    exact, packed = weights.split([exact_keys.shape[2], weights.shape[-1] - exact_keys.shape[2]], dim=-1)
+    return exact @ exact_values.float() + group_sums(packed, *store.packed_values())

@@ -1,0 +1,110 @@
+"""Attention over the packed groups of a KV cache, without a copy of them in full precision: two products of a decode step.
+
+    group_scores    q . k of every token        (q * scale) . code + q . (minimum + centre)
+    group_sums      sum over tokens of w v      per channel, sum of (w * scale) code + sum of w * minimum
+
+The layout is that of `compress.kernels.affine_groups`. Scales are folded into the query once per row of keys, and into the
+weights once per token of values, so a code costs its unpacking and one multiplication per query; the queries that share a KV
+head share the unpacking. What lies between the two, the softmax, is over one number per token.
+
+The plain-torch form multiplies slices out; it is the reference and runs everywhere. On a CPU the C++ kernel reads the
+codes once.
+Cost: b / 8 bytes read per element, against 4 written and 4 read again by multiplying out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.kernels import cpu
+from compress.kernels.affine_groups import expand_groups_reference, fits_cpu
+
+_SLICE = 1024  # tokens of one pass of the reference
+
+
+def group_scores(
+    query: Tensor,
+    packed: Tensor,
+    affine: Tensor,
+    bits: int,
+    runs: int,
+    units: Tensor | None = None,
+    centre: Tensor | None = None,
+) -> Tensor:
+    """Products of queries with every token, `[batch, heads, queries, tokens]` fp32.
+
+    Args:
+        query: `[batch, heads, queries of a head, channels]`.
+        packed, affine, bits, runs, units, centre: as in `expand_groups`.
+    """
+    if fits_cpu(packed, affine, query, runs) and query.shape[-1] % 8 == 0:
+        scores = cpu.group_scores(query, packed, affine, bits, runs, units, centre)
+        if scores is not None:
+            return scores
+    return group_scores_reference(query, packed, affine, bits, runs, units, centre)
+
+
+def group_scores_reference(
+    query: Tensor,
+    packed: Tensor,
+    affine: Tensor,
+    bits: int,
+    runs: int,
+    units: Tensor | None = None,
+    centre: Tensor | None = None,
+) -> Tensor:
+    """The same in torch."""
+    width = query.shape[-1]
+    tokens = packed.shape[3] * 8 // bits // width
+    step = max(1, _SLICE // tokens)
+    scores = [query.new_empty(*query.shape[:3], 0, dtype=torch.float32)]
+    for first in range(0, packed.shape[2], step):
+        part = slice(first, first + step)
+        keys = _multiplied_out(packed[:, :, part], affine[:, :, part], bits, runs, tokens, width, units, centre)
+        scores.append(query.float() @ keys.mT)
+    return torch.cat(scores, dim=-1)
+
+
+def group_sums(
+    weights: Tensor, packed: Tensor, affine: Tensor, bits: int, runs: int, width: int, units: Tensor | None = None
+) -> Tensor:
+    """The sum of all tokens, each times its weight, `[batch, heads, queries, width]` fp32.
+
+    Args:
+        weights: `[batch, heads, queries of a head, tokens]`.
+        packed, affine: with one token to a row.
+    """
+    if fits_cpu(packed, affine, weights, runs) and width % 8 == 0:
+        sums = cpu.group_sums(weights, packed, affine, bits, runs, width, units)
+        if sums is not None:
+            return sums
+    return group_sums_reference(weights, packed, affine, bits, runs, width, units)
+
+
+def group_sums_reference(
+    weights: Tensor, packed: Tensor, affine: Tensor, bits: int, runs: int, width: int, units: Tensor | None = None
+) -> Tensor:
+    """The same in torch."""
+    sums = weights.new_zeros(*weights.shape[:3], width, dtype=torch.float32)
+    for first in range(0, packed.shape[2], _SLICE):
+        part = slice(first, first + _SLICE)
+        values = _multiplied_out(packed[:, :, part], affine[:, :, part], bits, runs, 1, width, units, None)
+        sums += weights[..., part].float() @ values
+    return sums
+
+
+def _multiplied_out(
+    packed: Tensor,
+    affine: Tensor,
+    bits: int,
+    runs: int,
+    tokens: int,
+    width: int,
+    units: Tensor | None,
+    centre: Tensor | None,
+) -> Tensor:
+    """Some rows in fp32, `[batch, heads, rows * tokens, width]`."""
+    out = torch.empty(*packed.shape[:2], packed.shape[2] * tokens, width, device=packed.device)
+    expand_groups_reference(packed, affine, bits, runs, out, units, centre)
+    return out

@@ -1,0 +1,132 @@
+"""Decode steps that attend to packed bytes: the answers of multiplying out, and multiplied out for whoever looks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cache_helpers import prompt, states
+from compress.cache import KVCache, kivi
+from compress.cache.unread import Unread
+from compress.kernels import group_attention
+from helpers import tiny_model
+
+OPTIONS = {"window": 8, "group_size": 16}
+
+
+def decoded(model: torch.nn.Module, cache: KVCache, mask: Tensor, tokens: int = 20) -> Tensor:
+    """Logits of some tokens behind a padded prompt."""
+    torch.manual_seed(1)
+    ids = prompt(len(mask), mask.shape[1])
+    logits = []
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        for token in range(tokens):
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            logits.append(model(torch.full((len(mask), 1), 5 + token), attention_mask=mask, past_key_values=cache).logits)
+    return torch.cat(logits, dim=1)
+
+
+def padded(*real: int, length: int = 70) -> Tensor:
+    return torch.stack([torch.arange(length) >= length - count for count in real]).long()
+
+
+def reading(cache: KVCache) -> KVCache:
+    """The same cache multiplied out at every step."""
+    for layer in cache.packed:
+        layer.read = layer.dense
+    return cache
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every attention on packed bytes."""
+    found: list[int] = []
+    attend = kivi.attend
+    monkeypatch.setattr(kivi, "attend", lambda *args: found.append(1) or attend(*args))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("method", ["kivi", "squat"])
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "affine_bits": 16, "sink_tokens": 0}], ids=str)
+def test_the_answers_are_those_of_multiplying_out(kind: str, method: str, options: dict, calls: list[int]) -> None:
+    model, mask = tiny_model(kind), padded(70, 51, 70)
+    got = decoded(model, KVCache(model, method, **OPTIONS | options), mask)
+    assert len(calls) >= 20
+    count = len(calls)
+    want = decoded(model, reading(KVCache(model, method, **OPTIONS | options)), mask)
+    assert len(calls) == count
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype, calls: list[int]) -> None:
+    """fp16 scales are left to the reference; sums are fp32, so answers are those of plain attention to its rounding."""
+    model, mask = tiny_model("llama").to(dtype), padded(70)
+    got = decoded(model, KVCache(model, "squat", **OPTIONS), mask)
+    want = decoded(model, reading(KVCache(model, "squat", **OPTIONS)), mask)
+    assert calls and got.dtype == dtype
+    torch.testing.assert_close(got, want, rtol=0.1, atol=0.1)
+
+
+def test_what_cannot_be_answered_is_multiplied_out(calls: list[int]) -> None:
+    """fp64, eager attention, a stored token that may not be read, key biases behind rotary embedding."""
+    mask = padded(70, 60)
+    for model in (tiny_model("llama").double(), tiny_model("llama", attn_implementation="eager")):
+        cache = KVCache(model, "kivi", **OPTIONS)
+        assert torch.equal(decoded(model, cache, mask), decoded(model, reading(KVCache(model, "kivi", **OPTIONS)), mask))
+    assert not calls
+    model = tiny_model("llama")
+    cache, other = KVCache(model, "kivi", **OPTIONS), reading(KVCache(model, "kivi", **OPTIONS))
+    ids, hidden = prompt(2, 70), torch.ones(2, 71, dtype=torch.long)
+    hidden[0, 40] = 0  # stored, and hidden afterwards
+    with torch.no_grad():
+        for one in (cache, other):
+            model(ids, past_key_values=one)
+        first, second = (model(ids[:, :1], attention_mask=hidden, past_key_values=one).logits for one in (cache, other))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_whoever_touches_them_gets_the_states() -> None:
+    model = tiny_model("llama")
+    cache = KVCache(model, "squat", **OPTIONS)
+    decoded(model, cache, padded(70, 70), tokens=2)
+    layer = cache.layers[0]
+    layer.newest = 1
+    keys, values = layer.read()
+    dense = layer.dense()
+    assert isinstance(keys, Unread) and "Unread" in repr(keys)
+    for lazy, whole in zip((keys, values), dense, strict=True):
+        assert lazy.shape == whole.shape and lazy.dtype == whole.dtype and lazy.device == whole.device
+        assert torch.equal(lazy + 0, whole) and torch.equal(torch.cat([whole, lazy], dim=2)[:, :, whole.shape[2] :], whole)
+        assert torch.equal(lazy.transpose(1, 2).contiguous(), whole.transpose(1, 2)) and type(lazy.clone()) is Tensor
+    more = dense[0][:, :, -1:]
+    stale, _ = layer.read()
+    layer.update(more, more)
+    assert torch.equal(keys + 0, dense[0]), "read before, so it stays what it was"
+    with pytest.raises(RuntimeError, match="before the cache goes on"):
+        stale + 0
+
+
+def test_nothing_of_the_size_of_the_cache_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of a long conversation multiplies nothing out."""
+    model = tiny_model("llama")
+    cache = KVCache(model, "squat", **OPTIONS)
+    keys = states(2000, heads=2, head_dim=model.config.head_dim)
+    for index, layer in enumerate(cache.packed):
+        cache.update(keys, keys, index)
+        layer.see(torch.randn(2, 4, 8, keys.shape[-1]), None)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("multiplied out")
+
+    monkeypatch.setattr("compress.cache.groups.expand_groups", refuse)
+    if group_attention.cpu.compiled() is not None:
+        monkeypatch.setattr(group_attention, "expand_groups_reference", refuse)
+    with torch.no_grad():
+        out = model(prompt(2, 1), past_key_values=cache).logits
+    assert out.isfinite().all()
