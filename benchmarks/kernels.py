@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compress.kernels import gpu
+from compress.kernels import gpu, gpu_attention
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -42,7 +42,12 @@ POINTERS = {
     "mask": "*u8",
     "unit_pairs": "*fp32",
     "centre": "*fp32",
+    "query": "*fp32",
+    "scores": "*fp32",
+    "weights": "*fp32",
+    "sums": "*fp32",
 }
+ATTENTION = {"TOKENS": gpu_attention.TOKENS, "QUERIES": 16, "EIGHT_BITS": True, "PRECISION": "tf32x3"}
 TILE = {"ROWS": gpu.ROWS, "EIGHTS": gpu.EIGHTS}
 # instructions per weight of the loop on sm_90, as first measured with triton 3.9.0
 BUDGET = {
@@ -66,10 +71,23 @@ def cases(quick: bool) -> list[tuple[str, object, dict]]:
         for bits in widths
         for eight in (True, False)
     ]
+    found += [
+        (
+            f"group_scores {bits} width {width}",
+            gpu_attention.group_scores,
+            {"BITS": bits, "CENTRE": True, "WIDTH": width, **ATTENTION},
+        )
+        for bits in widths
+        for width in ([128] if quick else [64, 128, 256])
+    ]
+    parts = {"CHANNELS": gpu_attention.CHANNELS, "PART": gpu_attention.PART}
+    found += [(f"group_sums {bits}", gpu_attention.group_sums, {"BITS": bits, **parts, **ATTENTION}) for bits in widths]
     return found + [(f"sparse_decode {bits}", gpu.sparse_decode, {"BITS": bits, **TILE}) for bits in [*widths, 16]]
 
 
 def compiled(kernel: object, constants: dict, target: str) -> object:
+    if "PRECISION" in constants and target.startswith("gfx"):
+        constants = constants | {"PRECISION": "ieee"}
     types = dict(POINTERS, values="*bf16" if constants["BITS"] == 16 else "*u8")
     types["affine"] = "*u8" if constants.get("EIGHT_BITS") else "*bf16"
     if constants.get("WORDS"):

@@ -13,6 +13,7 @@ Legend: T tokens, N output neurons.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,15 +23,16 @@ from compress.calibrate.blocks import BlockRunner
 from compress.tensorfile import read_header, write_file
 
 
-def output_gradients(runner: BlockRunner, seed: int = 0) -> list[Tensor]:
-    """Of the log-likelihood of sampled tokens, with respect to the last block's outputs, which `runner.hidden` must hold.
+def output_gradients(runner: BlockRunner, batches: int | None = None, seed: int = 0) -> list[Tensor]:
+    """Of the log-likelihood of sampled tokens, with respect to the last block's outputs, which `runner.hidden` must hold;
+    those of the first `batches` batches, to which all that follows is then limited.
 
     What lies behind the blocks, the head included, must hold its weights.
     """
     generator = torch.Generator().manual_seed(seed)
     gradients = []
 
-    for hidden, logits in runner.run_to_logits():
+    for hidden, logits in islice(runner.run_to_logits(), batches):
         flat = logits.flatten(0, -2).float()
         with torch.no_grad():
             sampled = torch.multinomial(flat.softmax(dim=-1).cpu(), 1, generator=generator).to(flat.device)

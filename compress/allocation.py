@@ -52,6 +52,7 @@ _SENSITIVITY = "sensitivity.safetensors"
 _TOKENS = 16384  # enough to rank alternatives by; the real run takes all of them
 _NEURONS = 256  # of a matrix, at least, where they are tried one by one
 _ENOUGH = 4  # matrices of one name in which a form never was the best
+_BACKWARD = 8192  # of them, for sensitivities: a mean over tokens of what a neuron's error does
 _BATCH_TOKENS = 1024  # the logits of a batch and their gradients are held at once
 
 
@@ -110,7 +111,7 @@ def trial_flops(prepared: Prepared) -> float:
     options = prepared.recipe.calibration
     tokens = min(_TOKENS, options.samples * options.length)
     weights = sum(job.spec["in_features"] * job.spec["out_features"] for job in prepared.plan.jobs)
-    passes = 5 if any(_minds(job, "allocation", "search") for job in jobs) else 1  # there, there again, and back
+    passes = 3.5 if any(_minds(job, "allocation", "search") for job in jobs) else 1  # there, there again, and back
     total = 2.0 * tokens * weights * passes
     forms = _Forms()
     for job in jobs:
@@ -204,7 +205,7 @@ def _backwards(prepared: Prepared, runner: BlockRunner, folder: Path) -> Iterato
     for index, _ in _forwards(prepared, runner):
         states.put(index, runner.hidden)
     materialise_head(model, prepared.source, plan.blocks_name, prepared.dtype, prepared.device)
-    gradients = output_gradients(runner)
+    gradients = output_gradients(runner, max(1, _BACKWARD // runner.batches[0][0].numel()))
     for index in reversed(range(plan.num_blocks)):
         prefix = f"{plan.blocks_name}.{index}."
         materialise(model, prepared.source, prefix, prepared.dtype, prepared.device)

@@ -42,9 +42,9 @@ def expand_groups(
     """
     if not packed.shape[2]:
         return
-    if out.is_cuda and gpu.usable(out) and all(map(_one_outer, (packed, affine, out))):
+    if out.is_cuda and gpu.usable(out) and all(map(one_outer, (packed, affine, out))):
         gpu.expand_groups(packed, affine, bits, runs, out, units, centre)
-    elif fits_cpu(packed, affine, out, runs) and _one_outer(out):
+    elif fits_cpu(packed, affine, out, runs) and one_outer(out):
         cpu.expand_groups(packed, affine, bits, runs, out, units, centre)
     else:
         expand_groups_reference(packed, affine, bits, runs, out, units, centre)
@@ -85,11 +85,11 @@ def affine_values(affine: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor]
 def fits_cpu(packed: Tensor, affine: Tensor, dense: Tensor, runs: int) -> bool:
     """Whether the C++ kernels read these beside states like `dense`; scales of fp16 are left to the reference."""
     known = affine.dtype in (torch.uint8, torch.bfloat16) and dense.dtype in (torch.float32, torch.bfloat16)
-    whole = _one_outer(packed) and _one_outer(affine)
+    whole = one_outer(packed) and one_outer(affine)
     return known and whole and runs <= 512 and type(dense) is Tensor and cpu.usable(dense)
 
 
-def _one_outer(tensor: Tensor) -> bool:
+def one_outer(tensor: Tensor) -> bool:
     """Whether batch and heads are one dimension in memory, and a row is dense."""
     batch, heads = tensor.shape[:2]
     return tensor.stride(-1) == 1 and (batch == 1 or heads == 1 or tensor.stride(0) == heads * tensor.stride(1))

@@ -7,8 +7,8 @@ The layout is that of `compress.kernels.affine_groups`. Scales are folded into t
 weights once per token of values, so a code costs its unpacking and one multiplication per query; the queries that share a KV
 head share the unpacking. What lies between the two, the softmax, is over one number per token.
 
-The plain-torch form multiplies slices out; it is the reference and runs everywhere. On a CPU the C++ kernel reads the
-codes once.
+The plain-torch form multiplies slices out; it is the reference and runs everywhere. On a CPU the C++ kernel, on a GPU the
+Triton kernel (`compress.kernels.gpu_attention`) reads the codes once.
 Cost: b / 8 bytes read per element, against 4 written and 4 read again by multiplying out.
 """
 
@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.kernels import cpu
-from compress.kernels.affine_groups import expand_groups_reference, fits_cpu
+from compress.kernels import cpu, gpu, gpu_attention
+from compress.kernels.affine_groups import expand_groups_reference, fits_cpu, one_outer
 
 _SLICE = 1024  # tokens of one pass of the reference
 
@@ -38,6 +38,8 @@ def group_scores(
         query: `[batch, heads, queries of a head, channels]`.
         packed, affine, bits, runs, units, centre: as in `expand_groups`.
     """
+    if query.is_cuda and _fits_gpu(packed, affine, query):
+        return gpu_attention.scores(query, packed, affine, bits, runs, units, centre)
     if fits_cpu(packed, affine, query, runs) and query.shape[-1] % 8 == 0:
         scores = cpu.group_scores(query, packed, affine, bits, runs, units, centre)
         if scores is not None:
@@ -75,6 +77,8 @@ def group_sums(
         weights: `[batch, heads, queries of a head, tokens]`.
         packed, affine: with one token to a row.
     """
+    if weights.is_cuda and _fits_gpu(packed, affine, weights):
+        return gpu_attention.sums(weights, packed, affine, bits, runs, width, units)
     if fits_cpu(packed, affine, weights, runs) and width % 8 == 0:
         sums = cpu.group_sums(weights, packed, affine, bits, runs, width, units)
         if sums is not None:
@@ -92,6 +96,15 @@ def group_sums_reference(
         values = _multiplied_out(packed[:, :, part], affine[:, :, part], bits, runs, 1, width, units, None)
         sums += weights[..., part].float() @ values
     return sums
+
+
+def in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention had better run on packed bytes than on states multiplied out."""
+    return dtype != torch.float64 and (device.type == "cpu" or (device.type == "cuda" and gpu.triton is not None))
+
+
+def _fits_gpu(packed: Tensor, affine: Tensor, states: Tensor) -> bool:
+    return gpu.usable(states) and one_outer(packed) and one_outer(affine)
 
 
 def _multiplied_out(

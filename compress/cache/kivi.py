@@ -30,6 +30,7 @@ from compress.cache.queries import expect_queries
 from compress.cache.unread import Unread, attend
 from compress.cache.wave import Wave
 from compress.errors import CompressError
+from compress.kernels.group_attention import in_place
 
 
 class Config(CacheConfig):
@@ -153,7 +154,7 @@ class Layer(PackedLayer):
 
     def read(self) -> tuple[Tensor, Tensor]:
         """All keys and values; those of a decode step are left `Unread`, for the attention function to do without."""
-        known = self.device.type == "cpu" and self.dtype != torch.float64 and not torch.compiler.is_compiling()
+        known = in_place(self.device, self.dtype) and not torch.compiler.is_compiling()
         if known and self.newest == 1 and self.watched and all(store.attends for store in self.stores):
             return Unread.of(self)
         return self.dense()

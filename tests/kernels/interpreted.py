@@ -13,8 +13,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from compress.kernels import gpu
+from compress.kernels import gpu, gpu_attention
 from compress.kernels.affine_groups import EIGHT_BITS, expand_groups_reference
+from compress.kernels.group_attention import group_scores_reference, group_sums_reference
 from compress.kernels.mixed_precision import dequantize_part
 from compress.kernels.pack import pack, pack_signed
 from compress.kernels.sparse_dictionary import pack_mask
@@ -104,4 +105,33 @@ for bits in (2, 3, 4, 8):
             if clean
             else 1.0
         )
+
+
+for bits in (2, 3, 4, 8):
+    for rows, tokens, queries, runs, run, kind in (
+        (3, 40, 3, 48, 1, EIGHT_BITS), (2, 8, 1, 5, 4, torch.bfloat16), (1, 33, 17, 16, 1, torch.float16)
+    ):  # fmt: skip
+        width = runs * run
+        codes = torch.randint(0, 1 << bits, (2, 3, rows, tokens * width), dtype=torch.uint8)
+        packed = torch.full((2, 3, rows + 2, pack(codes, bits).shape[-1]), 255, dtype=torch.uint8)
+        packed[:, :, :rows] = pack(codes, bits)
+        affine, units = torch.randn(2, 3, rows, 2 * runs).to(kind), None
+        if kind == EIGHT_BITS:
+            affine, units = affine.view(torch.uint8), torch.rand(2, 3, 2) + 0.5
+        case = packed[:, :, :rows], affine, bits, runs
+        query, centre = torch.randn(2, 3, queries, width), torch.randn(2, 3, width) if run == 1 else None
+        name = f"{bits} bits {rows}x{tokens}x{runs}x{run} {kind}"
+        want = group_scores_reference(query, *case, units, centre)
+        got = gpu_attention.scores(query, *case, units, centre)
+        errors[f"scores {name}"] = float((got - want).abs().max() / want.abs().max())
+    for rows, queries, runs, run, kind in ((5, 3, 2, 24, EIGHT_BITS), (601, 1, 1, 32, torch.bfloat16)):
+        width = runs * run
+        codes = torch.randint(0, 1 << bits, (2, 3, rows, width), dtype=torch.uint8)
+        affine, units = torch.randn(2, 3, rows, 2 * runs).to(kind), None
+        if kind == EIGHT_BITS:
+            affine, units = affine.view(torch.uint8), torch.rand(2, 3, 2) + 0.5
+        weights = torch.rand(2, 3, queries, rows)
+        case = pack(codes, bits), affine, bits, runs, width, units
+        want, got = group_sums_reference(weights, *case), gpu_attention.sums(weights, *case)
+        errors[f"sums {bits} bits {rows}x{runs}x{run} {kind}"] = float((got - want).abs().max() / want.abs().max())
 sys.stdout.write(json.dumps(errors))
