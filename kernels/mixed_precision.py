@@ -14,7 +14,7 @@ in parts of fewer than 8 bits, cut at `clip` times the root mean square of the s
 
     y[t, n] = sum over segments g of s_x[t,g] s_w[n,g] ( sum_k q_x[t,k] q_w[n,k] - z[t,g] rho[n,g] )
 
-with rho = sum_k q_w, known before any token is. A segment is a run of columns that share both scales. The integer sums
+with rho = sum_k q_w. A segment is a run of columns that share both scales. The integer sums
 are exact: products of 8-bit codes are added in fp32 in runs short enough for its 24 bits, then in int32.
 Cost of the reference: 2 T N I flops, plus unpacking the weight at every call; it is no faster than the dense layer.
 
@@ -75,21 +75,12 @@ def segments(width: int, group_size: int, activation_groups: int) -> list[tuple[
     return [(a, b, a // step, a // slice_width) for a, b in pairwise(cuts)]
 
 
-def row_sums(packed: Tensor, bits: int, width: int, group_size: int, activation_groups: int) -> Tensor:
-    """rho: the sum of the codes of each row and segment, `[N, segments]` int32."""
-    codes = unpack_signed(packed, bits, width).int()
-    return torch.stack(
-        [codes[:, a:b].sum(dim=1) for a, b, *_ in segments(width, group_size, activation_groups)], dim=1
-    ).int()
-
-
 @dataclass(frozen=True)
 class _Part:
     """The low or the high columns of a weight, `start` to `stop`, and how the inputs they meet are rounded."""
 
     packed: Tensor
     scale: Tensor
-    sums: Tensor | None
     bits: int
     start: int
     stop: int
@@ -98,14 +89,13 @@ class _Part:
 
 
 def _parts(
-    width: int, low: Tensor, low_scale: Tensor, low_sums: Tensor | None, high: Tensor | None, high_scale: Tensor | None,
-    high_sums: Tensor | None, bits: int, high_bits: int, high_features: int, group_size: int, activation_bits: int,
-    activation_groups: int, clip: float,
+    width: int, low: Tensor, low_scale: Tensor, high: Tensor | None, high_scale: Tensor | None, bits: int, high_bits: int,
+    high_features: int, group_size: int, activation_bits: int, activation_groups: int, clip: float,
 ) -> list[_Part]:  # fmt: skip
     low_width = width - high_features
-    parts = [_Part(low, low_scale, low_sums, bits, 0, low_width, activation_bits, clip if activation_bits < 8 else 0.0)]
+    parts = [_Part(low, low_scale, bits, 0, low_width, activation_bits, clip if activation_bits < 8 else 0.0)]
     if high is not None:
-        parts.append(_Part(high, high_scale, high_sums, high_bits, low_width, width, max(high_bits, activation_bits), 0.0))
+        parts.append(_Part(high, high_scale, high_bits, low_width, width, max(high_bits, activation_bits), 0.0))
     return parts
 
 
@@ -125,9 +115,9 @@ def _integer_part(x_TK: Tensor, part: _Part, group_size: int, activation_groups:
     codes, zero = codes - middle, zero - middle
     weight = unpack_signed(part.packed, part.bits, width).float()
     y = torch.zeros(len(x_TK), len(weight), dtype=torch.float32, device=x_TK.device)
-    for index, (a, b, g, h) in enumerate(segments(width, group_size, activation_groups)):
+    for a, b, g, h in segments(width, group_size, activation_groups):
         product = _exact_product(codes[:, a:b], weight[:, a:b], middle << (part.bits - 1))
-        product -= zero[:, h : h + 1].to(torch.int32) * part.sums[:, index]
+        product -= zero[:, h : h + 1].to(torch.int32) * weight[:, a:b].int().sum(dim=1).int()
         y += scale[:, h : h + 1] * part.scale[:, g].float() * product
     return y
 
@@ -136,10 +126,8 @@ def mixed_precision_reference(
     x: Tensor,
     low: Tensor,
     low_scale: Tensor,
-    low_sums: Tensor | None,
     high: Tensor | None,
     high_scale: Tensor | None,
-    high_sums: Tensor | None,
     bits: int,
     high_bits: int,
     high_features: int,
@@ -148,10 +136,10 @@ def mixed_precision_reference(
     activation_groups: int,
     clip: float,
 ) -> Tensor:
-    """`[..., I]` to `[..., N]` in the dtype of x; arguments as in the layout above, `*_sums` from `row_sums`."""
+    """`[..., I]` to `[..., N]` in the dtype of x; arguments as in the layout above."""
     parts = _parts(
-        x.shape[-1], low, low_scale, low_sums, high, high_scale, high_sums, bits, high_bits, high_features, group_size,
-        activation_bits, activation_groups, clip,
+        x.shape[-1], low, low_scale, high, high_scale, bits, high_bits, high_features, group_size, activation_bits,
+        activation_groups, clip,
     )  # fmt: skip
     x_TI = x.reshape(-1, x.shape[-1])
     if activation_bits == 16:

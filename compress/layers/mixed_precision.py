@@ -24,7 +24,6 @@ from compress.kernels.mixed_precision import (
     mixed_precision,
     mixed_precision_cpu,
     round_activation,
-    row_sums,
 )
 from compress.kernels.pack import holds_more, pack_signed, packed_width
 from compress.layers import CompressedLinear, Spec, TensorSpec
@@ -44,10 +43,6 @@ class Layer(CompressedLinear):
         "bits": int, "group_size": int, "high_features": int, "high_bits": int, "heads": int, "hadamard": bool,
         "activation_bits": int, "activation_groups": int, "clip": float,
     }  # fmt: skip
-
-    def __init__(self, spec: Spec) -> None:
-        super().__init__(spec)
-        self._sums: tuple[Tensor, Tensor | None] | None = None
 
     @classmethod
     def tensors(cls, spec: Spec) -> dict[str, TensorSpec]:
@@ -73,18 +68,13 @@ class Layer(CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         spec = self.spec
-        if spec["activation_bits"] < 16 and (self._sums is None or self._sums[0].device != x.device):
-            self._sums = self._row_sums()
-        low_sums, high_sums = self._sums or (None, None)
         run = mixed_precision_cpu if direct(x) else mixed_precision
         y = run(
             to_storage(spec, x),
             self.low,
             self.low_scale,
-            low_sums,
             getattr(self, "high", None),
             getattr(self, "high_scale", None),
-            high_sums,
             spec["bits"],
             spec["high_bits"],
             spec["high_features"],
@@ -94,12 +84,6 @@ class Layer(CompressedLinear):
             spec["clip"],
         )
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def _row_sums(self) -> tuple[Tensor, Tensor | None]:
-        spec, high = self.spec, self.spec["high_features"]
-        layout = (spec["group_size"], spec["activation_groups"])
-        low = row_sums(self.low, spec["bits"], self.in_features - high, *layout)
-        return low, row_sums(self.high, spec["high_bits"], high, *layout) if high else None
 
     def dense_weight(self) -> Tensor:
         return from_storage(self.spec, self.stored_weight())
