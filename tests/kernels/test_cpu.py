@@ -98,7 +98,7 @@ def test_without_a_compiler_the_reference_runs_and_says_so_once(monkeypatch: pyt
     cpu.compiled.cache_clear()
     monkeypatch.setattr(shutil, "which", lambda name: None)
     low, low_scale = packed_case(8, 32, 4, 0)
-    arguments = (low, low_scale, None, None, None, None, 4, 8, 0, 0, 16, 1, 0.0)
+    arguments = (low, low_scale, None, None, 4, 8, 0, 0, 16, 1, 0.0)
     x = torch.randn(2, 32)
     try:
         with pytest.warns(UserWarning, match="no C\\+\\+ compiler was found"):
