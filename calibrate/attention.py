@@ -19,7 +19,11 @@ def observed_attention(model: nn.Module, observer: Observer) -> Iterator[None]:
 
     query `[batch, heads, tokens, head_dim]`, key and value `[batch, kv heads, tokens, head_dim]`.
     """
-    own = look_before(model, _NAME, lambda *seen, **options: observer(*seen[:4]))
+
+    def look(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: object) -> None:
+        observer(module, query, key, value)
+
+    own = look_before(model, _NAME, look)
     try:
         yield
     finally:

@@ -52,7 +52,7 @@ _SENSITIVITY = "sensitivity.safetensors"
 _TOKENS = 16384  # enough to rank alternatives by; the real run takes all of them
 _NEURONS = 256  # of a matrix, at least, where they are tried one by one
 _ENOUGH = 4  # matrices of one name in which a form never was the best
-_BACKWARD = 8192  # of them, for sensitivities: a mean over tokens of what a neuron's error does
+_BACKWARD = 8192  # tokens for sensitivities: a mean of what a neuron's error does
 _BATCH_TOKENS = 1024  # the logits of a batch and their gradients are held at once
 
 
@@ -111,7 +111,9 @@ def trial_flops(prepared: Prepared) -> float:
     options = prepared.recipe.calibration
     tokens = min(_TOKENS, options.samples * options.length)
     weights = sum(job.spec["in_features"] * job.spec["out_features"] for job in prepared.plan.jobs)
-    passes = 3.5 if any(_minds(job, "allocation", "search") for job in jobs) else 1  # there, there again, and back
+    passes = (
+        3.5 if any(_minds(job, "allocation", "search") for job in jobs) else 1
+    )  # there, a Gram matrix each, and there and back for half of the tokens
     total = 2.0 * tokens * weights * passes
     forms = _Forms()
     for job in jobs:
@@ -119,7 +121,8 @@ def trial_flops(prepared: Prepared) -> float:
         site = methods.Site(job.spec["in_features"], job.spec["out_features"])
         kinds = _kinds(method, site, whole)
         kept = [kinds[index] for index in forms.worth_it(job, len(kinds))]
-        forms.note(job, 0)
+        if len(kinds) > 1:
+            forms.note(job, 0)
         for tried in {*kept, *_alternatives(method, site, kept[0])}:
             quick = method.quick(tried) if hasattr(method, "quick") else tried
             neurons = site.out_features // _one_of(method, tried, site.out_features)
@@ -234,7 +237,7 @@ class _Forms:
 
     @staticmethod
     def _key(job: Job) -> tuple:
-        return job.name.rpartition(".")[2], job.rule
+        return job.name.rpartition(".")[2], job.spec["in_features"], job.spec["out_features"], job.rule
 
 
 def _tried(prepared: Prepared, job: Job, inputs: SecondMoment, forms: _Forms) -> list[Candidate]:
@@ -256,8 +259,8 @@ def _tried(prepared: Prepared, job: Job, inputs: SecondMoment, forms: _Forms) ->
         if key not in found:
             try:
                 error, price = _priced(method, options, weight, inputs, spec)
-            except (ValueError, torch.linalg.LinAlgError) as error:
-                raise CompressError(f"{job.name}: {error}") from error
+            except (ValueError, torch.linalg.LinAlgError) as failure:
+                raise CompressError(f"{job.name}: {failure}") from failure
             changed = {name: value for name, value in options.model_dump().items() if value != before[name]}
             found[key] = Candidate(changed, packed_bytes(spec), error, price)
         return found[key]
@@ -288,17 +291,26 @@ def _priced(
     importance = inputs.importance_N
     every, share = _one_of(method, options, len(weight)), 1.0
     if every > 1:
-        order = importance.argsort() if importance is not None else torch.arange(len(weight))
-        rows = order.to(weight.device)[every // 2 :: every]
-        share = len(weight) / len(rows)
-        weight, importance = weight[rows], None if importance is None else importance[rows.to(importance.device)]
-        inputs, spec = inputs.for_outputs(importance), spec | {"out_features": len(rows)}
+        rows, share = _sample(importance, len(weight), every)
+        importance = None if importance is None else importance[rows.to(importance.device)]
+        weight, inputs = weight[rows.to(weight.device)], inputs.for_outputs(importance)
+        spec = spec | {"out_features": len(rows)}
     quick = method.quick(options) if hasattr(method, "quick") else options
     tensors = method.compress(weight, inputs, spec, quick)
     approximation = filled_layer(spec, tensors, weight.device).dense_weight()
     errors = inputs.errors(weight, approximation)
     price = float(errors.sum() if importance is None else errors @ importance.to(errors.device) / 2)
     return relative(errors, inputs.energy(weight)), share * price
+
+
+def _sample(importance_N: Tensor | None, neurons: int, every: int) -> tuple[Tensor, float]:
+    """One of every few neurons, the largest of its like, and how many times their price is that of all; at random where
+    they count alike, because heads are laid out regularly."""
+    if importance_N is None or not importance_N.any():
+        rows = torch.randperm(neurons, generator=torch.Generator().manual_seed(0))[::every]
+        return rows, neurons / len(rows)
+    rows = importance_N.argsort(descending=True, stable=True).cpu()[::every]
+    return rows, float(importance_N.sum() / importance_N[rows.to(importance_N.device)].sum())
 
 
 def _choices(jobs: list[Job], found: dict[str, list[Candidate]], progress: Progress) -> dict[str, int]:

@@ -27,12 +27,14 @@ def look_before(model: nn.Module, name: str, look: Look) -> str:
     """
     own = model.config._attn_implementation
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
-        answer = look(module, query, key, value, mask, **options)
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Any:  # the mask under the name that some models pass it by
+        answer = look(module, query, key, value, attention_mask, **options)
         if answer is not None:
             return answer
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)  # each architecture's own
-        return ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)(module, query, key, value, mask, **options)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)(module, query, key, value, attention_mask, **options)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])

@@ -74,13 +74,13 @@ class SecondMoment:
         return self._whitenings[damping]
 
     def unit_inverse(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """The root of the diagonal `[I]`, and the inverse of the Gram matrix of inputs divided by it, plus a ridge; fp64,
-        remembered."""
+        """The root of the diagonal `[I]`, and the inverse of the Gram matrix of inputs divided by it, plus a ridge: computed
+        in fp64, remembered in fp32."""
         if ridge not in self._inverses:
             norm = self.gram_II.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
             eye = torch.eye(len(norm), dtype=torch.float64, device=norm.device)
             unit = self.gram_II / norm / norm[:, None] + ridge * eye
-            self._inverses[ridge] = norm, torch.cholesky_inverse(torch.linalg.cholesky(unit))
+            self._inverses[ridge] = norm, torch.cholesky_inverse(torch.linalg.cholesky(unit)).float()
         return self._inverses[ridge]
 
 

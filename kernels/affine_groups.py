@@ -84,7 +84,8 @@ def affine_values(affine: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor]
 
 def fits_cpu(packed: Tensor, affine: Tensor, dense: Tensor, runs: int) -> bool:
     """Whether the C++ kernels read these beside states like `dense`; scales of fp16 are left to the reference."""
-    known = affine.dtype in (torch.uint8, torch.bfloat16) and dense.dtype in (torch.float32, torch.bfloat16)
+    known = packed.device.type == "cpu" and affine.dtype in (torch.uint8, torch.bfloat16)
+    known &= dense.dtype in (torch.float32, torch.bfloat16)
     whole = one_outer(packed) and one_outer(affine)
     return known and whole and runs <= 512 and type(dense) is Tensor and cpu.usable(dense)
 

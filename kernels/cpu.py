@@ -24,6 +24,7 @@ from torch import Tensor
 
 from compress.kernels.notice import reference_runs
 
+_PARTS = 8  # of a sum over tokens: whatever the threads, it is added up in the same order
 MOST_TOKENS = 16  # above, weights are multiplied out: they are read once for all tokens, and MKL is faster
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -210,7 +211,7 @@ def group_sums(
 ) -> Tensor | None:
     """Sums `[batch, heads, queries, width]` of a cache's rows of one token, each times its weight; None as above."""
     batch, heads, queries, rows = weights.shape
-    parts = torch.get_num_threads()
+    parts = _PARTS
     weights, sums = weights.float().contiguous(), torch.empty(parts, batch, heads, queries, width)
     extra = _floats(units)
     done = compiled().group_sums(
@@ -218,7 +219,7 @@ def group_sums(
         *map(_optional, extra),
         *map(_pointer, (weights, sums)),
         *map(ctypes.c_long, (parts, batch * heads, queries, rows, runs, width // runs)),
-        *map(ctypes.c_int, (bits, parts)),
+        *map(ctypes.c_int, (bits, torch.get_num_threads())),
     )
     return sums.sum(dim=0) if done else None
 

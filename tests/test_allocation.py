@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress import allocation
 from compress.allocation import trial_flops
 from compress.blockwise import Silent, start_runner
 from compress.calibrate.sensitivity import StoredStates, output_gradients, through_block
@@ -20,6 +21,7 @@ from compress.knapsack import choose
 from compress.layers import compressed_matrices, dense_bytes, packed_bytes
 from compress.methods import Site, cospadi
 from compress.model import materialise, materialise_head
+from compress.plan import Job
 from compress.prepare import prepare
 from compress.recipe import Recipe
 from compress.run import _tokens, run
@@ -255,3 +257,26 @@ def test_the_choices_are_shown_drawn_and_kept(tiny: Path, tmp_path: Path) -> Non
         assert (tmp_path / f"bits.{suffix}").stat().st_size > 10_000
     with pytest.raises(CompressError, match=r"must end in \.png, \.svg, \.pdf"):
         draw(report, tmp_path / "bits.txt")
+
+
+def test_a_sample_of_neurons_tells_what_all_would_cost() -> None:
+    """Whether they count alike, or a few of them for nearly everything."""
+    errors = torch.rand(4096) + 0.5
+    for importance in (None, torch.zeros(4096), torch.rand(4096), 1 / (torch.rand(4096) + 1e-3)):
+        rows, share = allocation._sample(importance, 4096, 16)
+        assert len(rows) == 256 == len(rows.unique())
+        counts = torch.ones(4096) if importance is None or not importance.any() else importance
+        assert 0.9 < share * float(errors[rows] @ counts[rows]) / float(errors @ counts) < 1.1
+
+
+def test_forms_are_judged_by_name_and_shape() -> None:
+    """The up_proj of an expert and the wider one of a shared expert are different matrices."""
+    rule = Recipe.load("cospadi-20").weights[0]
+    wide, narrow = (
+        Job(f"layers.0.{name}.up_proj", 0, {"in_features": 64, "out_features": outputs}, rule)
+        for name, outputs in (("shared", 128), ("expert", 32))
+    )
+    forms = allocation._Forms()
+    for _ in range(10):
+        forms.note(wide, 1)
+    assert forms.worth_it(wide, 3) == [1] and forms.worth_it(narrow, 1) == [0]

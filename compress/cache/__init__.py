@@ -51,7 +51,7 @@ class KVCache(Cache):
     Args:
         model_or_config: the model, or its config.
         method: one of `METHODS`.
-        bits: 2 to 8 bits per code; None: 4 for per_token, 2 for kivi and squat, 8 for fp8. 16 (per_token alone) keeps the
+        bits: 2 to 8 bits per code; None: 4 for per_token, 2 for kivi and squat, 8 for fp8. 16 (not fp8) keeps the
             states as they came.
         key_bases, value_bases: orthonormal bases by layer index, `[head_dim, head_dim]` or
             `[kv_heads, head_dim, head_dim]`; those of layers that are not packed are not read.
@@ -102,7 +102,7 @@ class KVCache(Cache):
         super().__init__(layers=layers, offloading=offloading)
         self._device = getattr(model_or_config, "device", None)
         for index, layer in enumerate(self.layers):
-            layer.index = index
+            layer.index, layer.stays = index, not offloading
         if not packed.reads_in_one_pass and isinstance(model_or_config, nn.Module):
             watched = show_queries(model_or_config)
             waves = waves_of(model_or_config, head_width(model_or_config))

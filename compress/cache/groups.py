@@ -33,6 +33,7 @@ from compress.kernels.affine_groups import EIGHT_BITS, expand_groups
 from compress.kernels.pack import pack, packed_width
 
 _CALMER = 0.5  # a wave that leaves more of the keys' variance than this is not theirs
+_ANY = 1 << 30  # tokens
 _SLICE = 1024  # tokens: bounds fp32 transients
 _ONE = 1 / 16  # of the first group's largest scale or minimum is 1.0 in eight bits, whose end is 448
 
@@ -101,6 +102,8 @@ class GroupStore:
     def alike(self) -> int:
         """How many tokens may come at once so that each is answered as if they came one by one: none that packs a group,
         but the next if that one does."""
+        if self.config.bits == 16:
+            return _ANY
         behind = self.exact_keys.length - self.config.sink_tokens - self.config.window
         return max(1, self.config.group_size - 1 - behind)
 

@@ -60,11 +60,12 @@ class Config(CacheConfig):
 
 
 class Layer(PackedLayer):
-    """One attention layer: a store for every amount of padding in the batch."""
+    """One attention layer: a store for every pattern of padding in the batch."""
 
     config: Config
     newest = 0  # tokens of the last call
-    version = 0  # counts the calls
+    version = 0  # counts the changes
+    stays = True  # where it is, between an update and its attention: an offloading cache sends it away
     reads_in_one_pass = False  # a token meets its neighbours exact, and rounded only once they are old
 
     def __init__(self, config: Config, key_basis: Tensor | None = None, value_basis: Tensor | None = None) -> None:
@@ -103,20 +104,19 @@ class Layer(PackedLayer):
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
-    def see(self, query: Tensor, valid: Tensor | None) -> None:
+    def see(self, query: Tensor, real: Tensor | None) -> None:
         """The queries `[batch, heads, new tokens, head_dim]` of the call that came last.
 
-        `valid` `[batch, tokens]` is false for the tokens of the cache that the newest query may not read. Groups that waited
-        for it are packed.
+        `real` `[batch, new tokens]` is false for padding. Groups that waited for it are packed.
         """
         away = self.away  # an offloading cache sends a layer away before its attention runs
         if away:
             self.prefetch()
         queries = query.detach().float().unflatten(1, (self.shape["heads"], -1))  # those of a KV head follow each other
-        if valid is not None and not (newest := valid[:, -query.shape[2] :]).all():
-            newest = newest.expand(self.shape["batch"], -1)
-            self._leave_out(newest.cpu())
-            queries = queries * newest[:, None, None, :, None].to(queries.device)
+        if real is not None and not real.all():
+            real = real.expand(self.shape["batch"], -1)
+            self._leave_out(real.cpu())
+            queries = queries * real[:, None, None, :, None].to(queries.device)
         for store in self.stores:
             if store.waiting:
                 store.waiting = False
@@ -155,15 +155,19 @@ class Layer(PackedLayer):
     def read(self) -> tuple[Tensor, Tensor]:
         """All keys and values; those of a decode step are left `Unread`, for the attention function to do without."""
         known = in_place(self.device, self.dtype) and not torch.compiler.is_compiling()
-        if known and self.newest == 1 and self.watched and all(store.attends for store in self.stores):
-            return Unread.of(self)
+        if known and self.stays and self.newest == 1 and self.watched and all(store.attends for store in self.stores):
+            return Unread.of(self, self.stores[0].exact_values.data.dtype)
         return self.dense()
 
-    def attend(self, query: Tensor, valid: Tensor | None, scaling: float) -> Tensor | None:
-        """The output of attention on the packed bytes; None where a row may not read all that is stored of it."""
-        if valid is not None:
+    def attend(self, query: Tensor, readable: Tensor | None, scaling: float) -> Tensor | None:
+        """The output of attention on the packed bytes; None where a row may not read all that is stored of it.
+
+        `readable`: `[batch, tokens]` on the CPU.
+        """
+        if readable is not None:
+            readable = readable.expand(self.shape["batch"], -1)
             for store in self.stores:
-                if not all(valid[store.rows][:, place].all() for place in store.places()):
+                if not all(readable[store.rows][:, place].all() for place in store.places()):
                     return None
         return attend(self.stores, query, scaling)
 
@@ -183,10 +187,12 @@ class Layer(PackedLayer):
         return whole[0], whole[1]
 
     def truncate(self, length: int) -> None:
+        self.version += 1
         for store in self.stores:
             store.truncate(length)
 
     def release(self) -> None:
+        self.version += 1
         self.stores = []
 
     def numel(self) -> int:
@@ -199,6 +205,7 @@ class Layer(PackedLayer):
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def batch_select_indices(self, indices: Tensor) -> None:
+        self.version += 1
         indices = indices.cpu().nonzero().flatten() if indices.dtype == torch.bool else indices.cpu()
         stores = []
         for store in self.stores:
@@ -212,6 +219,7 @@ class Layer(PackedLayer):
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.version += 1
         for store in self.stores:
             store.repeat(repeats)
         if self.stores:
@@ -225,8 +233,10 @@ class Layer(PackedLayer):
 
     def restore(self, facts: dict[str, Any]) -> None:
         (empty,) = self.stores
-        self.stores = []
+        self.stores, self.version = [], self.version + 1
         for known in facts["stores"]:
+            if strange := set(known) - {"rows", *empty.known}:
+                raise CompressError(f"saved by another version of compress, which knew {', '.join(sorted(strange))}")
             store = self._rows_of(empty, torch.tensor(known.pop("rows")))
             for name, value in known.items():
                 setattr(store, name, value)

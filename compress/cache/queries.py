@@ -12,6 +12,7 @@ hub kernels by name, and the masks of others are of another kind. With those a c
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ from compress.cache.unread import Unread
 
 _PREFIX = "compress_queries_"
 _SHOWN = ("sdpa", "eager")
-_STRANGE = ("softcap", "s_aux", "sliding_window")
+_PLAIN = {"scaling", "is_causal", "position_ids", "cache_position", "use_cache"}  # change nothing for one query of a cache
 _last = threading.local()
 
 
 def expect_queries(layer: Any) -> None:
-    """The next attention of this thread, if it fits, belongs to `layer`, whose `see(query, valid)` is called."""
+    """The next attention of this thread, if it fits, belongs to `layer`, whose `see(query, real)` is called."""
     _last.layer = layer
 
 
@@ -43,42 +44,66 @@ def _show(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None] | None:
     if isinstance(key, Unread):
-        return _answer(module, query, key, mask, options)
+        return _answer(module, query, key, value, mask, options)
     layer, _last.layer = getattr(_last, "layer", None), None
     if layer is None or key.shape[2] != layer.length or getattr(module, "layer_idx", layer.index) != layer.index:
-        return
+        return None
     if key.shape[:2] == (layer.shape["batch"], layer.shape["heads"]):
-        layer.see(query, _valid(mask, key.shape[2]))
+        layer.see(query, _real(mask, query.shape[2], key.shape[2]))
     return None
 
 
 def _answer(
-    module: nn.Module, query: Tensor, key: Unread, mask: Tensor | None, options: dict[str, Any]
+    module: nn.Module, query: Tensor, key: Unread, value: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor, None] | None:
-    """Attention on the packed bytes, where it is plain: no cap, no sink logits, no weights asked for, no gradients."""
-    strange = any(options.get(name) is not None for name in _STRANGE) or options.get("dropout") or query.requires_grad
-    if strange or query.shape[2] != 1 or module.config._attn_implementation != _PREFIX + "sdpa":
+    """Attention on the packed bytes, where it is plain: no weights asked for, no gradients, nothing that we do not know."""
+    untouched = isinstance(value, Unread) and value.once is key.once and not key.once
+    strange = any(
+        isinstance(given, Tensor) or given not in (None, False, 0) for name, given in options.items() if name not in _PLAIN
+    )
+    if not untouched or strange or query.requires_grad or query.shape[2] != 1:
         return None
-    valid = _valid(mask, key.shape[2])
-    if (
-        valid is not None
-        and mask.is_floating_point()
-        and mask[..., : key.shape[2]].masked_select(valid[:, None, None]).any()
-    ):
-        return None  # biases
-    out = key.layer.attend(query, valid, options.get("scaling") or query.shape[-1] ** -0.5)
+    if module.config._attn_implementation != _PREFIX + "sdpa":
+        return None
+    readable = None
+    if mask is not None:
+        readable = _readable(mask, key.shape[2])
+        if readable is None:
+            return None
+    out = key.layer.attend(query, readable, options.get("scaling") or query.shape[-1] ** -0.5)
     return None if out is None else (out, None)
 
 
-def _valid(mask: Tensor | None, tokens: int) -> Tensor | None:
-    """Which of the cache's tokens are no padding: those that the last query of the row may read, `[batch, tokens]`."""
+def _real(mask: Tensor | None, queries: int, tokens: int) -> Tensor | None:
+    """Which of the newest tokens are no padding, `[batch, queries]`: a real token may read itself, in some head."""
     if mask is None:
         return None
-    last = mask[:, 0, -1, :tokens] if mask.ndim == 4 else mask[:, -tokens:]
-    return (
-        last
-        if last.dtype == torch.bool
-        else last > torch.finfo(last.dtype).min / 2
-        if last.is_floating_point()
-        else last > 0
-    )
+    if mask.ndim != 4:
+        return _allowed(mask[:, -queries:])
+    newest = mask[:, :, -queries:, tokens - queries : tokens]
+    return _allowed(newest.diagonal(dim1=2, dim2=3)).any(dim=1)
+
+
+def _readable(mask: Tensor, tokens: int) -> Tensor | None:
+    """Which tokens the newest query may read, `[batch, tokens]` on the CPU; None where heads differ or a bias is added.
+
+    All layers of a model get one mask: it is fetched from its device once.
+    """
+    known = getattr(_last, "mask", None)
+    if known is not None and known[0]() is mask and known[1] == (tokens, mask._version):
+        return known[2]
+    found = None
+    if mask.ndim == 4 and mask.shape[1] == 1:
+        last = mask[:, 0, -1, :tokens]
+        found = _allowed(last).cpu()
+        if last.is_floating_point() and last.cpu()[found].any():
+            found = None
+    _last.mask = weakref.ref(mask), (tokens, mask._version), found
+    return found
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    """A mask as booleans: whether a score is left over."""
+    if mask.dtype == torch.bool:
+        return mask
+    return mask > (torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else 0)

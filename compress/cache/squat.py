@@ -77,7 +77,7 @@ class QueryStore(GroupStore):
         return super().curious(new) or not (self.frozen or self.config.bits == 16)
 
     def alike(self) -> int:
-        return super().alike() if self.frozen else 1
+        return super().alike() if self.frozen or self.config.bits == 16 else 1
 
     def observe(self, queries: Tensor) -> None:
         if not self.frozen:
@@ -176,14 +176,20 @@ def _computed(metric: Tensor, config: Config) -> Corrections:
 
 
 def _of_given(metric_HDD: Tensor, config: Config, device: torch.device) -> Corrections:
-    """Of a metric that belongs to the model: computed once, however many caches are made with it."""
-    version = None if metric_HDD.is_inference() else metric_HDD._version  # of what was written into it since
-    key = (version, str(device), *(getattr(config, name) for name in _DECIDE))
+    """Of a metric that belongs to the model: computed once, however many caches are made with it.
+
+    What is written into it through `.data` is not seen; tensors made in inference mode, which count no changes, are
+    computed every time.
+    """
+    if metric_HDD.is_inference():
+        return _computed(_weighted(metric_HDD[None].to(device), config), config)
+    key = (metric_HDD._version, str(device), *(getattr(config, name) for name in _DECIDE))
     known = _known_corrections.setdefault(metric_HDD, {})
-    if key not in known:
+    found = known.get(key)
+    if found is None:
         known.clear()  # changed since, or another device
-        known[key] = _computed(_weighted(metric_HDD[None].to(device), config), config)
-    return known[key]
+        found = known[key] = _computed(_weighted(metric_HDD[None].to(device), config), config)
+    return found
 
 
 def _weighted(metric: Tensor, config: Config) -> Tensor:

@@ -26,11 +26,11 @@ class Unread(Tensor):
     """The keys (side 0) or values (side 1) of a layer, `[batch, heads, tokens, width]`."""
 
     @staticmethod
-    def __new__(cls, layer: Any, side: int, once: dict[str, Any]) -> Unread:
+    def __new__(cls, layer: Any, side: int, dtype: torch.dtype, once: dict[str, Any]) -> Unread:
         shape = (layer.shape["batch"], layer.shape["heads"], layer.length, layer.shape[("head_dim", "value_dim")[side]])
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=layer.device)
 
-    def __init__(self, layer: Any, side: int, once: dict[str, Any]) -> None:
+    def __init__(self, layer: Any, side: int, dtype: torch.dtype, once: dict[str, Any]) -> None:
         self.layer, self.side, self.version, self.once = layer, side, layer.version, once
 
     def read(self) -> Tensor:
@@ -42,10 +42,10 @@ class Unread(Tensor):
         return self.once["states"][self.side]
 
     @classmethod
-    def of(cls, layer: Any) -> tuple[Unread, Unread]:
+    def of(cls, layer: Any, value_dtype: torch.dtype) -> tuple[Unread, Unread]:
         """Both sides; reading one of them reads the other."""
         once: dict[str, Any] = {}
-        return cls(layer, 0, once), cls(layer, 1, once)
+        return cls(layer, 0, layer.dtype, once), cls(layer, 1, value_dtype, once)
 
     def __repr__(self) -> str:
         return f"Unread({list(self.shape)}, {self.dtype})"

@@ -55,7 +55,7 @@ class Config(BudgetConfig):
     )
     learned_share: float = Field(1 / 32, gt=0, le=0.5, description="identity+learned: learned atoms per input feature")
     rounds: int = Field(16, ge=1, description="identity: rounds in which weights are pruned")
-    thresholds: int = Field(3, ge=0, description="hard-thresholding steps behind them, where less than half is left")
+    thresholds: int = Field(3, ge=0, description="hard-thresholding steps that end the search for a support")
     refit_steps: int = Field(40, ge=0, description="conjugate-gradient steps of the final codes, at most")
     polish: int = Field(2, ge=0, description="integers: sweeps of coordinate descent, and refits of the scales")
     atoms_per_nonzero: float = Field(2.0, ge=1, le=16, description="learned: rho = K / s, before rounding")

@@ -41,7 +41,7 @@ def prune(inverse: tuple[Tensor, Tensor], weight_NI: Tensor, nonzeros: int, *, b
         rounds: in which weights are pruned.
     """
     norm, inverse_II = inverse
-    price, inverse_II = 1 / inverse_II.diagonal().float(), inverse_II.float()
+    price = 1 / inverse_II.diagonal()
     weight = (weight_NI * norm).float()
     inputs = weight.shape[1]
     codes, pruned = weight, torch.zeros_like(weight, dtype=torch.bool)

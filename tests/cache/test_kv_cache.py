@@ -220,6 +220,18 @@ def test_a_saved_prefix_goes_on_as_the_one_it_was(
         )
 
 
+def test_a_prefix_of_another_version_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    cache = KVCache(model, "kivi")
+    with torch.no_grad():
+        model(prompt(1, 9), past_key_values=cache)
+    facts = cache.layers[0].facts()
+    facts["stores"][0]["settled"] = True
+    other = KVCache(model, "kivi").layers[0]
+    with pytest.raises(CompressError, match="another version of compress, which knew settled"):
+        other.rebuild(facts, [buffer.rows() for buffer in cache.layers[0].buffers()], "cpu")
+
+
 def test_files_that_are_no_prefix_are_named(tmp_path: Path) -> None:
     cache = KVCache(tiny_model("llama"))
     with pytest.raises(CompressError, match="no saved KV cache at"):

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cache_helpers import prompt, states
 from compress.cache import KVCache, kivi
+from compress.cache.queries import _show
 from compress.cache.unread import Unread
 from compress.kernels import group_attention
 from helpers import tiny_model
@@ -89,6 +92,82 @@ def test_what_cannot_be_answered_is_multiplied_out(calls: list[int]) -> None:
             model(ids, past_key_values=one)
         first, second = (model(ids[:, :1], attention_mask=hidden, past_key_values=one).logits for one in (cache, other))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_masks_of_every_kind(calls: list[int]) -> None:
+    """One row for the whole batch, another one for every head, a bias instead of a mask."""
+    model, ids = tiny_model("llama"), prompt(2, 60)
+    heads = model.config.num_attention_heads
+    everywhere = torch.ones(1, 1, 1, 61, dtype=torch.bool)
+    by_head = torch.ones(2, heads, 1, 61, dtype=torch.bool)
+    by_head[:, 1, :, 30:50] = False
+    additive, bias = torch.zeros(2, 1, 1, 61), torch.randn(2, 1, 1, 61)
+    for mask, packed in ((everywhere, True), (by_head, False), (additive, True), (bias, False)):
+        answers = []
+        for change in (lambda cache: cache, reading):
+            cache = change(KVCache(model, "kivi", **OPTIONS))
+            calls.clear()
+            with torch.no_grad():
+                model(ids, past_key_values=cache)
+                answers.append(model(ids[:, :1], attention_mask=mask, past_key_values=cache).logits)
+            assert change is reading or bool(calls) == packed
+        torch.testing.assert_close(*answers, rtol=1e-4, atol=2e-5)
+
+
+def test_a_token_hidden_from_the_newest_query_is_not_padding() -> None:
+    model, ids = tiny_model("llama"), prompt(1, 60)
+    mask = torch.ones(1, 1, 4, 64, dtype=torch.bool).tril(60)
+    mask[..., 3, 62] = False
+    cache, plain = KVCache(model, "squat", bits=16), DynamicCache(config=model.config)
+    for one in (cache, plain):
+        with torch.no_grad():
+            model(ids, past_key_values=one)
+            model(ids[:, :4], attention_mask=mask, past_key_values=one)
+    assert not cache.layers[0].stores[0].gaps
+    with torch.no_grad():
+        first, second = (model(ids[:, :1], past_key_values=one).logits for one in (cache, plain))
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=2e-5)
+
+
+def test_only_plain_attention_is_answered() -> None:
+    """Changed values, options that we do not know, a cache that sends its layers away: the model's own attention runs."""
+    model = tiny_model("llama")
+    cache = KVCache(model, "kivi", **OPTIONS)
+    decoded(model, cache, padded(70, 70), tokens=2)
+    layer, module = cache.layers[0], model.model.layers[0].self_attn
+    layer.newest = 1
+    query = torch.randn(2, model.config.num_attention_heads, 1, model.config.head_dim)
+    keys, values = layer.read()
+    assert _show(module, query, keys, values, None, scaling=0.25, dropout=0.0, use_cache=True) is not None
+    for options in ({"softcap": 50.0}, {"sinks": torch.zeros(4)}, {"position_bias": torch.zeros(1)}, {"dropout": 0.1}):
+        assert _show(module, query, keys, values, None, **options) is None
+    assert _show(module, query, keys, values * 2, None) is None, "who read them may have changed them"
+    layer.stays = False
+    assert all(type(states) is Tensor for states in layer.read())
+
+
+def test_the_mask_may_come_by_its_name() -> None:
+    """As the vision towers of many models pass it."""
+    model = tiny_model("llama")
+    KVCache(model, "kivi")
+    attention = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+    module, states = model.model.layers[0].self_attn, torch.randn(1, 4, 3, 16)
+    out, _ = attention(module, states, states[:, :2], states[:, :2], attention_mask=None, scaling=0.25)
+    assert out.shape == (1, 3, 4, 16)
+
+
+@pytest.mark.parametrize("change", ["crop", "reorder_cache", "batch_repeat_interleave", "reset"])
+def test_states_that_the_cache_no_longer_has_are_refused(change: str) -> None:
+    model = tiny_model("llama")
+    cache = KVCache(model, "kivi", **OPTIONS)
+    decoded(model, cache, padded(70, 70), tokens=2)
+    layer = cache.layers[0]
+    layer.newest = 1
+    keys, _ = layer.read()
+    arguments = {"crop": [-5], "reorder_cache": [torch.tensor([1, 0])], "batch_repeat_interleave": [2], "reset": []}
+    getattr(layer, change)(*arguments[change])
+    with pytest.raises(RuntimeError, match="before the cache goes on"):
+        keys + 0
 
 
 def test_whoever_touches_them_gets_the_states() -> None:
