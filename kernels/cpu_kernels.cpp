@@ -406,67 +406,7 @@ static inline void put(void* out, long at, float value, int narrow) {
     ((uint16_t*)out)[at] = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
 }
 
-extern "C" void expand_groups(const uint8_t* packed, long packed_outer, long packed_row, const void* affine, long affine_outer,
-                              long affine_row, int eight_bits, const float* units, const float* centre, void* out, int narrow,
-                              long out_outer, long out_token, long outer, long rows, long G, long S, long run, int bits,
-                              int threads) {
-    const long width = S * run, row_bytes = (G * width + 7) / 8 * bits;
-    const bool whole = width % 8 == 0 && (run == 1 || run % 8 == 0);
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
-    for (long o = 0; o < outer; o++)
-        for (long r = 0; r < rows; r++) {
-            const uint8_t* row = packed + o * packed_outer + r * packed_row;
-            const long first = o * affine_outer + r * affine_row;
-            float scale[512], start[512];  // of the runs
-            for (long s = 0; s < S; s++) {
-                if (eight_bits) {
-                    scale[s] = E4M3.value[((const uint8_t*)affine)[first + s]] * units[2 * o];
-                    start[s] = E4M3.value[((const uint8_t*)affine)[first + S + s]] * units[2 * o + 1];
-                } else {
-                    scale[s] = bf16(((const uint16_t*)affine)[first + s]);
-                    start[s] = bf16(((const uint16_t*)affine)[first + S + s]);
-                }
-            }
-            for (long g = 0; g < G; g++) {
-                const long to = o * out_outer + (r * G + g) * out_token;
-                for (long c = 0; c < width;) {
-                    const long k = g * width + c, at = k / 8 * bits;
-                    const uint64_t codes = eight_codes(row + at, bits, row_bytes - at) >> (k % 8 * 8);
-#if defined(__AVX2__)
-                    if (whole) {
-                        const __m256 value = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(codes)));
-                        const __m256 step = run == 1 ? _mm256_loadu_ps(scale + c) : _mm256_set1_ps(scale[c / run]);
-                        const __m256 low = run == 1 ? _mm256_loadu_ps(start + c) : _mm256_set1_ps(start[c / run]);
-                        // multiplied and added apart (-ffp-contract=off), as torch does: a fused one rounds otherwise
-                        __m256 x = _mm256_add_ps(_mm256_mul_ps(value, step), low);
-                        if (centre) x = _mm256_add_ps(x, _mm256_loadu_ps(centre + o * width + c));
-                        if (narrow) {
-                            float eight[8];
-                            _mm256_storeu_ps(eight, x);
-                            for (int i = 0; i < 8; i++) put(out, to + c + i, eight[i], 1);
-                        } else {
-                            _mm256_storeu_ps((float*)out + to + c, x);
-                        }
-                        c += 8;
-                        continue;
-                    }
-#endif
-                    const long most = 8 - k % 8 < width - c ? 8 - k % 8 : width - c;
-                    for (long i = 0; i < most; i++) {
-                        const float product = float(codes >> (8 * i) & 255) * scale[(c + i) / run];
-                        float x = product + start[(c + i) / run];
-                        if (centre) x += centre[o * width + c + i];
-                        put(out, to + c + i, x, narrow);
-                    }
-                    c += most;
-                }
-            }
-        }
-}
-
-// Attention of one query per head over groups of a KV cache, without multiplying them out. With x = code * scale + start
-// (+ centre), a score is  q . x = (q * scale) . code + q . (start + centre),  so a row of keys costs one product of its
-// scales with the query, and a code one multiplication. Values likewise, with the weights of the tokens in the query's place.
+// Rows of packed groups where they lie.
 struct GroupRows {
     const uint8_t* packed;
     const void* affine;
@@ -486,6 +426,61 @@ struct GroupRows {
     }
 };
 
+extern "C" void expand_groups(const uint8_t* packed, long packed_outer, long packed_row, const void* affine, long affine_outer,
+                              long affine_row, int eight_bits, const float* units, const float* centre, void* out, int narrow,
+                              long out_outer, long out_token, long outer, long rows, long G, long S, long run, int bits,
+                              int threads) {
+    const GroupRows x{packed, affine, units, packed_outer, packed_row, affine_outer, affine_row, rows, G, S, run, S * run,
+                      bits, eight_bits};
+    const long width = x.width, row_bytes = (G * width + 7) / 8 * bits;
+    const bool whole = width % 8 == 0 && (run == 1 || run % 8 == 0);
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+    for (long o = 0; o < outer; o++)
+        for (long r = 0; r < rows; r++) {
+            const uint8_t* row = packed + o * packed_outer + r * packed_row;
+            float scale[512], start[512];  // of the runs
+            x.stored(o, r, 0, scale);
+            x.stored(o, r, S, start);
+            for (long g = 0; g < G; g++) {
+                const long to = o * out_outer + (r * G + g) * out_token;
+                for (long c = 0; c < width;) {
+                    const long k = g * width + c, at = k / 8 * bits;
+                    const uint64_t codes = eight_codes(row + at, bits, row_bytes - at) >> (k % 8 * 8);
+#if defined(__AVX2__)
+                    if (whole) {
+                        const __m256 value = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(codes)));
+                        const __m256 step = run == 1 ? _mm256_loadu_ps(scale + c) : _mm256_set1_ps(scale[c / run]);
+                        const __m256 low = run == 1 ? _mm256_loadu_ps(start + c) : _mm256_set1_ps(start[c / run]);
+                        // multiplied and added apart (-ffp-contract=off), as torch does: a fused one rounds otherwise
+                        __m256 sum = _mm256_add_ps(_mm256_mul_ps(value, step), low);
+                        if (centre) sum = _mm256_add_ps(sum, _mm256_loadu_ps(centre + o * width + c));
+                        if (narrow) {
+                            float eight[8];
+                            _mm256_storeu_ps(eight, sum);
+                            for (int i = 0; i < 8; i++) put(out, to + c + i, eight[i], 1);
+                        } else {
+                            _mm256_storeu_ps((float*)out + to + c, sum);
+                        }
+                        c += 8;
+                        continue;
+                    }
+#endif
+                    const long most = 8 - k % 8 < width - c ? 8 - k % 8 : width - c;
+                    for (long i = 0; i < most; i++) {
+                        const float product = float(codes >> (8 * i) & 255) * scale[(c + i) / run];
+                        float sum = product + start[(c + i) / run];
+                        if (centre) sum += centre[o * width + c + i];
+                        put(out, to + c + i, sum, narrow);
+                    }
+                    c += most;
+                }
+            }
+        }
+}
+
+// Attention of one query per head over groups of a KV cache, without multiplying them out. With x = code * scale + start
+// (+ centre), a score is  q . x = (q * scale) . code + q . (start + centre),  so a row of keys costs one product of its
+// scales with the query, and a code one multiplication. Values likewise, with the weights of the tokens in the query's place.
 #if defined(__AVX2__)
 static inline __m256 codes_at(const uint8_t* row, long k, int bits, long bytes) {
     const long at = k / 8 * bits;
