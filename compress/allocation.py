@@ -111,9 +111,8 @@ def trial_flops(prepared: Prepared) -> float:
     options = prepared.recipe.calibration
     tokens = min(_TOKENS, options.samples * options.length)
     weights = sum(job.spec["in_features"] * job.spec["out_features"] for job in prepared.plan.jobs)
-    passes = (
-        3.5 if any(_minds(job, "allocation", "search") for job in jobs) else 1
-    )  # there, a Gram matrix each, and there and back for half of the tokens
+    # of a search: there, once more for the Gram matrices, and there and back for half of the tokens
+    passes = 3.5 if any(_minds(job, "allocation", "search") for job in jobs) else 1
     total = 2.0 * tokens * weights * passes
     forms = _Forms()
     for job in jobs:
@@ -121,8 +120,7 @@ def trial_flops(prepared: Prepared) -> float:
         site = methods.Site(job.spec["in_features"], job.spec["out_features"])
         kinds = _kinds(method, site, whole)
         kept = [kinds[index] for index in forms.worth_it(job, len(kinds))]
-        if len(kinds) > 1:
-            forms.note(job, 0)
+        forms.note(job, 0)
         for tried in {*kept, *_alternatives(method, site, kept[0])}:
             quick = method.quick(tried) if hasattr(method, "quick") else tried
             neurons = site.out_features // _one_of(method, tried, site.out_features)
@@ -219,7 +217,7 @@ def _backwards(prepared: Prepared, runner: BlockRunner, folder: Path) -> Iterato
 
 
 class _Forms:
-    """The kinds of dictionary that are still worth a trial, by the name of the matrix and its rule."""
+    """The kinds of dictionary that are still worth a trial, by the matrix's name, sizes and rule."""
 
     def __init__(self) -> None:
         self.seen: dict[tuple, int] = {}
@@ -266,14 +264,12 @@ def _tried(prepared: Prepared, job: Job, inputs: SecondMoment, forms: _Forms) ->
         return found[key]
 
     kinds = _kinds(method, site, whole)
-    best, worth_it = 0, forms.worth_it(job, len(kinds))
+    worth_it = forms.worth_it(job, len(kinds))
+    best = worth_it[0]
     if len(worth_it) > 1:
         prices = {index: tried.price for index in worth_it if (tried := trial(kinds[index])) is not None}
-        best = min(prices, key=prices.__getitem__, default=0)
-    elif worth_it:
-        best = worth_it[0]
-    if len(kinds) > 1:
-        forms.note(job, best)
+        best = min(prices, key=prices.__getitem__, default=best)
+    forms.note(job, best)
     sizes = _alternatives(method, site, kinds[best])
     if len(sizes) > 1:
         found.clear()  # the other forms lost

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels import cpu, gpu
+from compress.kernels.layout import one_outer
 from compress.kernels.pack import unpack
 
 EIGHT_BITS = torch.float8_e4m3fn
@@ -88,9 +89,3 @@ def fits_cpu(packed: Tensor, affine: Tensor, dense: Tensor, runs: int) -> bool:
     known &= dense.dtype in (torch.float32, torch.bfloat16)
     whole = one_outer(packed) and one_outer(affine)
     return known and whole and runs <= 512 and type(dense) is Tensor and cpu.usable(dense)
-
-
-def one_outer(tensor: Tensor) -> bool:
-    """Whether batch and heads are one dimension in memory, and a row is dense."""
-    batch, heads = tensor.shape[:2]
-    return tensor.stride(-1) == 1 and (batch == 1 or heads == 1 or tensor.stride(0) == heads * tensor.stride(1))

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compress.kernels.layout import outer_stride, tokens_of_row
 from compress.kernels.notice import reference_runs
 
 _PARTS = 8  # of a sum over tokens: whatever the threads, it is added up in the same order
@@ -181,7 +182,7 @@ def expand_groups(
     compiled().expand_groups(
         *_stored(packed, affine),
         *map(_optional, extra),
-        _pointer(out), ctypes.c_int(out.dtype == torch.bfloat16), *map(ctypes.c_long, (_outer(out), out.stride(2))),
+        _pointer(out), ctypes.c_int(out.dtype == torch.bfloat16), *map(ctypes.c_long, (outer_stride(out), out.stride(2))),
         *map(ctypes.c_long, (batch * heads, rows, tokens // rows, runs, channels // runs)),
         *map(ctypes.c_int, (bits, torch.get_num_threads())),
     )  # fmt: skip
@@ -193,7 +194,7 @@ def group_scores(
     """Products `[batch, heads, queries, tokens]` of queries with a cache's groups; None for shapes that it does not know."""
     batch, heads, queries, width = query.shape
     rows = packed.shape[2]
-    tokens = packed.shape[3] * 8 // bits // width  # of a row; whole bytes, since width is a multiple of 8
+    tokens = tokens_of_row(packed, bits, width)
     query, scores = query.float().contiguous(), torch.empty(batch, heads, queries, rows * tokens)
     extra = _floats(units, centre)
     done = compiled().group_scores(
@@ -228,14 +229,9 @@ def _stored(packed: Tensor, affine: Tensor) -> tuple[object, ...]:
     """Codes, scales and minima with their strides, as the kernels of a KV cache take them."""
     eight_bits = ctypes.c_int(affine.dtype == torch.uint8)
     return (
-        _pointer(packed), *map(ctypes.c_long, (_outer(packed), packed.stride(2))),
-        _pointer(affine), *map(ctypes.c_long, (_outer(affine), affine.stride(2))), eight_bits,
+        _pointer(packed), *map(ctypes.c_long, (outer_stride(packed), packed.stride(2))),
+        _pointer(affine), *map(ctypes.c_long, (outer_stride(affine), affine.stride(2))), eight_bits,
     )  # fmt: skip
-
-
-def _outer(tensor: Tensor) -> int:
-    """The stride of batch and heads as one dimension."""
-    return tensor.stride(1) if tensor.shape[1] > 1 else tensor.stride(0)
 
 
 def _floats(*tensors: Tensor | None) -> list[Tensor | None]:

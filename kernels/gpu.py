@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.kernels.layout import outer_stride
+
 try:
     import triton
     import triton.language as tl
@@ -223,7 +225,7 @@ def expand_groups(
     rows = packed.shape[2]
     codes = tokens // rows * channels
     extra = [out if tensor is None else tensor.float().contiguous() for tensor in (units, centre)]
-    outer = [tensor.stride(1) if heads > 1 else tensor.stride(0) for tensor in (packed, affine, out)]
+    outer = [outer_stride(tensor) for tensor in (packed, affine, out)]
     group_expand[(triton.cdiv(rows, ROWS), triton.cdiv(codes, 8 * EIGHTS), batch * heads)](
         packed, affine, *extra, out, rows, codes, channels, channels // runs, runs,
         outer[0], packed.stride(2), outer[1], affine.stride(2), outer[2], out.stride(2),

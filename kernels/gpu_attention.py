@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels.gpu import triton
+from compress.kernels.layout import outer_stride, tokens_of_row
 
 TOKENS = 32  # cut out at a time
 PART, CHANNELS = 512, 64  # tokens and channels of a program of group_sums
@@ -99,7 +100,7 @@ def scores(
     """`[batch, heads, queries, tokens]` fp32; batch and heads of every tensor must be one dimension in memory."""
     batch, heads, queries, width = query.shape
     rows = packed.shape[2]
-    tokens = packed.shape[3] * 8 // bits // width
+    tokens = tokens_of_row(packed, bits, width)
     query = query.float().contiguous()
     out = torch.empty(batch, heads, queries, rows * tokens, device=query.device)
     extra = [out if tensor is None else tensor.float().contiguous() for tensor in (units, centre)]
@@ -131,8 +132,7 @@ def _power(size: int, least: int = 1) -> int:
 
 
 def _strides(packed: Tensor, affine: Tensor) -> list[int]:
-    many = packed.shape[1] > 1
-    return [stride for tensor in (packed, affine) for stride in (tensor.stride(1 if many else 0), tensor.stride(2))]
+    return [stride for tensor in (packed, affine) for stride in (outer_stride(tensor), tensor.stride(2))]
 
 
 def _precision() -> str:

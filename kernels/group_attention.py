@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from compress.kernels import cpu, gpu, gpu_attention
-from compress.kernels.affine_groups import expand_groups_reference, fits_cpu, one_outer
+from compress.kernels.affine_groups import expand_groups_reference, fits_cpu
+from compress.kernels.layout import one_outer, tokens_of_row
 
 _SLICE = 1024  # tokens of one pass of the reference
 
@@ -58,7 +59,7 @@ def group_scores_reference(
 ) -> Tensor:
     """The same in torch."""
     width = query.shape[-1]
-    tokens = packed.shape[3] * 8 // bits // width
+    tokens = tokens_of_row(packed, bits, width)
     step = max(1, _SLICE // tokens)
     scores = [query.new_empty(*query.shape[:3], 0, dtype=torch.float32)]
     for first in range(0, packed.shape[2], step):

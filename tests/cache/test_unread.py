@@ -44,6 +44,15 @@ def reading(cache: KVCache) -> KVCache:
     return cache
 
 
+def decoding(method: str) -> tuple[torch.nn.Module, kivi.Layer]:
+    """A model, and the first layer of a cache in the middle of decoding."""
+    model = tiny_model("llama")
+    cache = KVCache(model, method, **OPTIONS)
+    decoded(model, cache, padded(70, 70), tokens=2)
+    cache.layers[0].newest = 1
+    return model, cache.layers[0]
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every attention on packed bytes."""
@@ -131,11 +140,8 @@ def test_a_token_hidden_from_the_newest_query_is_not_padding() -> None:
 
 def test_only_plain_attention_is_answered() -> None:
     """Changed values, options that we do not know, a cache that sends its layers away: the model's own attention runs."""
-    model = tiny_model("llama")
-    cache = KVCache(model, "kivi", **OPTIONS)
-    decoded(model, cache, padded(70, 70), tokens=2)
-    layer, module = cache.layers[0], model.model.layers[0].self_attn
-    layer.newest = 1
+    model, layer = decoding("kivi")
+    module = model.model.layers[0].self_attn
     query = torch.randn(2, model.config.num_attention_heads, 1, model.config.head_dim)
     keys, values = layer.read()
     assert _show(module, query, keys, values, None, scaling=0.25, dropout=0.0, use_cache=True) is not None
@@ -158,11 +164,7 @@ def test_the_mask_may_come_by_its_name() -> None:
 
 @pytest.mark.parametrize("change", ["crop", "reorder_cache", "batch_repeat_interleave", "reset"])
 def test_states_that_the_cache_no_longer_has_are_refused(change: str) -> None:
-    model = tiny_model("llama")
-    cache = KVCache(model, "kivi", **OPTIONS)
-    decoded(model, cache, padded(70, 70), tokens=2)
-    layer = cache.layers[0]
-    layer.newest = 1
+    _, layer = decoding("kivi")
     keys, _ = layer.read()
     arguments = {"crop": [-5], "reorder_cache": [torch.tensor([1, 0])], "batch_repeat_interleave": [2], "reset": []}
     getattr(layer, change)(*arguments[change])
@@ -171,11 +173,7 @@ def test_states_that_the_cache_no_longer_has_are_refused(change: str) -> None:
 
 
 def test_whoever_touches_them_gets_the_states() -> None:
-    model = tiny_model("llama")
-    cache = KVCache(model, "squat", **OPTIONS)
-    decoded(model, cache, padded(70, 70), tokens=2)
-    layer = cache.layers[0]
-    layer.newest = 1
+    _, layer = decoding("squat")
     keys, values = layer.read()
     dense = layer.dense()
     assert isinstance(keys, Unread) and "Unread" in repr(keys)
