@@ -152,6 +152,19 @@ def test_elimination_of_equally_many_in_every_group(balance: int) -> None:
     assert output_error(weight, codes, gram) < 0.9 * output_error(weight, wanda, gram)
 
 
+def test_elimination_takes_what_others_can_make_up_for() -> None:
+    """Of inputs that come in nearly equal pairs one is worth little, however large its weight."""
+    base, own = torch.randn(4000, 16).double(), torch.randn(4000, 32).double()
+    x = torch.cat([base, base + 0.05 * torch.randn(4000, 16), own], dim=1)
+    weight = 1 + torch.rand(40, 64).double()
+    weight[:, :32] *= 2
+    gram = x.T @ x / len(x)
+    inverse = SecondMoment(gram).unit_inverse(elimination.RIDGE)
+    pruned = elimination.prune(inverse, weight, 52, rounds=64) == 0  # one weight in a round, at most
+    assert pruned.sum(dim=1).eq(12).all() and not pruned[:, 32:].any()
+    assert not (pruned[:, :16] & pruned[:, 16:32]).any(), "never both of a pair"
+
+
 def test_elimination_of_inputs_that_never_came() -> None:
     """Dead and doubled inputs make the Gram matrix singular: the dead ones go first, and nothing is NaN."""
     weight, gram = pruning_problem()
