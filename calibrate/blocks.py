@@ -73,28 +73,43 @@ class BlockRunner:
         if self.reference is not None:
             self.reference = self._outputs(index, self.reference, keep=True)
 
+    def outputs(self, index: int) -> list[Tensor]:
+        """What block `index` makes of the hidden states, batch by batch, without taking them on."""
+        return self._outputs(index, self.hidden, keep=True)
+
     def _outputs(self, index: int, states: list[Tensor], *, keep: bool) -> list[Tensor]:
         return [self._forward(index, state, mask, keep) for (_, mask), state in zip(self.batches, states, strict=True)]
 
     def _forward(self, index: int, state: Tensor, mask: Tensor | None, keep: bool) -> Tensor:
         """One batch through one block; an empty tensor unless `keep`."""
+        with torch.inference_mode():
+            output = self._through(index, state.to(self.device), mask)
+            result = output.cpu() if keep and output is not None else torch.empty(0)
+        if not torch.isfinite(result if mask is None or not keep else result[mask]).all():
+            first = self._first_not_finite(index, state, mask)
+            raise CompressError(f"activations {_NOT_FINITE}, first in {first or f'the output of block {index}'}")
+        return result
+
+    def _through(self, index: int, stored: Tensor, mask: Tensor | None) -> Tensor | None:
+        """What block `index` makes of `stored`; None when a hook stopped it."""
         block_forward = self.blocks[index].forward  # bound, taken before it is replaced
-        stored, result = state.to(self.device), torch.empty(0)
+        result = None
 
         def wanted(_: Tensor, *args: Any, **kwargs: Any) -> None:
             nonlocal result
             output = block_forward(stored, *args, **kwargs)
             self.returns_tuple = isinstance(output, tuple)
-            if keep:
-                result = (output[0] if self.returns_tuple else output).cpu()
+            result = output[0] if self.returns_tuple else output
             raise _Stop
 
-        with torch.inference_mode(), self._replaced({**dict.fromkeys(range(index), self._pass), index: wanted}):
-            self._drive({"inputs_embeds": stored}, mask)
-        if not torch.isfinite(result if mask is None or not keep else result[mask]).all():
-            first = self._first_not_finite(index, state, mask)
-            raise CompressError(f"activations {_NOT_FINITE}, first in {first or f'the output of block {index}'}")
+        with self._replaced({**dict.fromkeys(range(index), self._pass), index: wanted}):
+            self._drive({"inputs_embeds": stored.detach()}, mask)
         return result
+
+    def tracked(self, index: int, state: Tensor, mask: Tensor | None) -> Tensor:
+        """What block `index` makes of `state` `[batch, tokens, hidden]`, with gradients to it and to the block's weights."""
+        with torch.enable_grad():
+            return self._through(index, state, mask)
 
     def _first_not_finite(self, index: int, state: Tensor, mask: Tensor | None) -> str | None:
         """Run a batch through a block again: the first linear whose output is not finite; None when there is none."""
@@ -154,21 +169,9 @@ class BlockRunner:
 
     def backward(self, index: int, number: int, gradient: Tensor) -> Tensor:
         """The gradient before block `index`, from that behind it, of batch `number` of `hidden`."""
-        block_forward = self.blocks[index].forward
         leaf = self.hidden[number].to(self.device).clone().requires_grad_()
-        result = torch.empty(0)
-
-        def wanted(_: Tensor, *args: Any, **kwargs: Any) -> None:
-            nonlocal result
-            output = block_forward(leaf, *args, **kwargs)
-            self.returns_tuple = isinstance(output, tuple)
-            (result,) = torch.autograd.grad(output[0] if self.returns_tuple else output, leaf, gradient.to(self.device))
-            raise _Stop
-
-        replaced = {**dict.fromkeys(range(index), self._pass), index: wanted}
-        with torch.enable_grad(), self._replaced(replaced):
-            self._drive({"inputs_embeds": leaf.detach()}, self.batches[number][1])
-        return result.cpu()
+        output = self.tracked(index, leaf, self.batches[number][1])
+        return torch.autograd.grad(output, leaf, gradient.to(self.device))[0].cpu()
 
     def grams(
         self, index: int, linears: dict[str, nn.Module], *, keep: bool, views: dict[str, View] | None = None

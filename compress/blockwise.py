@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +29,7 @@ from compress.memory import give_back_freed_memory
 from compress.model import materialise, materialise_head, release
 from compress.plan import HEAD, Job
 from compress.prepare import Prepared
+from compress.refine import refine_block
 from compress.report import ModuleReport
 from compress.staging import finished_blocks, read_block, write_block
 
@@ -106,6 +108,8 @@ def compress_blocks(
         elif gathers:
             grams = runner.grams(index, linears, keep=original_inputs and propagate, views=_views(jobs))
             packed, reports = _compress_jobs(prepared, jobs, grams, progress)
+            if prepared.recipe.refine.epochs:
+                packed, reports = _refined(prepared, runner, index, packed, reports, grams, progress)
         else:
             packed, reports = {}, []
         if propagate and not gathers:
@@ -170,6 +174,36 @@ def _compress_jobs(
     return packed, reports
 
 
+def _refined(
+    prepared: Prepared,
+    runner: BlockRunner,
+    index: int,
+    packed: dict[str, Tensor],
+    reports: list[ModuleReport],
+    grams: dict[str, Gram | SeenGram],
+    progress: Progress,
+) -> tuple[dict[str, Tensor], list[ModuleReport]]:
+    """The packed tensors of a block fitted together, and what that did to the error of each matrix by itself."""
+    layers = {r.name: filled_layer(r.spec, _tensors_of(r.name, packed), prepared.device) for r in reports}
+    seed = prepared.recipe.calibration.seed + index
+    found = refine_block(runner, index, layers, prepared.recipe.refine, seed)
+    progress.note(f"block {index}: error of its output {found.before:.4f}, refined {found.after:.4f}")
+    packed, after = {}, []
+    for report in reports:
+        layer = layers[report.name]
+        weight = prepared.source.read(f"{report.name}.weight").to(prepared.device, torch.float32)
+        error = second_moment(grams[report.name]).relative_error(weight, layer.dense_weight())
+        after.append(replace(report, error=error))
+        packed.update({f"{report.name}.{key}": value.cpu() for key, value in layer.state_dict().items()})
+    return packed, after
+
+
+def _tensors_of(name: str, packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The packed tensors of one layer, by their own names."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in packed.items() if key.startswith(prefix)}
+
+
 def _views(jobs: list[Job]) -> dict[str, View]:
     """How the jobs that want to know it will round their inputs; their specs alone decide."""
     views = {}
@@ -214,9 +248,7 @@ def _installed(model: nn.Module, jobs: list[Job], packed: dict[str, Tensor], pre
     product, behind the rounding of the inputs if there is any, is the fastest way to run the same function."""
     handles = []
     for job in jobs:
-        prefix = f"{job.name}."
-        tensors = {key.removeprefix(prefix): value for key, value in packed.items() if key.startswith(prefix)}
-        layer, linear = filled_layer(job.spec, tensors, prepared.device), model.get_submodule(job.name)
+        layer, linear = filled_layer(job.spec, _tensors_of(job.name, packed), prepared.device), model.get_submodule(job.name)
         linear.weight = nn.Parameter(layer.dense_weight().to(prepared.dtype), requires_grad=False)
         if layer.rounding(job.spec):
             handles.append(linear.register_forward_pre_hook(partial(_round_inputs, layer)))

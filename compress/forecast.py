@@ -41,6 +41,8 @@ def predicted_seconds(prepared: Prepared) -> float:
     tokens = options.samples * options.length
     weights = sum(job.spec["in_features"] * job.spec["out_features"] for job in plan.jobs)
     passes = 1 if options.inputs == "original" else 2
+    if prepared.recipe.refine.epochs:
+        passes += 3 * (1 + prepared.recipe.refine.epochs)
     widths = {(job.block, job.spec["in_features"]) for job in plan.jobs}
     calibration = 2 * tokens * weights * passes + 1.2 * tokens * sum(width**2 for _, width in widths)
     solving = sum(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compress import methods
 from compress.cache import read_config
@@ -27,7 +27,7 @@ from compress.errors import CompressError
 from compress.shipped import read_text, shipped
 from compress.suggest import unknown
 
-__all__ = ["Calibration", "KvCache", "Recipe", "Rule", "read_text", "shipped"]
+__all__ = ["Calibration", "KvCache", "Recipe", "Refine", "Rule", "read_text", "shipped"]
 
 
 class _Strict(BaseModel):
@@ -56,6 +56,13 @@ class Calibration(_Strict):
     paired_share: float = Field(
         0.25, gt=0, le=1, description="how much of the difference between the two a paired fit makes good"
     )
+
+
+class Refine(_Strict):
+    """Whether a block's packed layers are fitted together once its solvers are done; see `compress.refine`."""
+
+    epochs: int = Field(0, ge=0, description="passes over the calibration tokens for every block; 0: none")
+    rate: float = Field(0.01, gt=0, le=1, description="Adam's first step, relative to the root mean square of a tensor")
 
 
 class Rule(_Strict):
@@ -108,7 +115,14 @@ class Recipe(_Strict):
     model: str | None = None
     calibration: Calibration = Calibration()
     weights: tuple[Rule, ...]
+    refine: Refine = Refine()
     kv_cache: KvCache | None = None
+
+    @model_validator(mode="after")
+    def _refined_inputs(self) -> Recipe:
+        if self.refine.epochs and self.calibration.inputs == "original":
+            raise ValueError("refine makes good what predecessors did: it needs calibration.inputs compressed or paired")
+        return self
 
     @field_validator("kv_cache", mode="before")
     @classmethod
@@ -161,6 +175,7 @@ class Recipe(_Strict):
             "model": self.model,
             "calibration": self.calibration.model_dump(),
             "weights": rules[0] if len(rules) == 1 else rules,
+            "refine": self.refine.model_dump(),
             **({"kv_cache": self.kv_cache.resolved()} if self.kv_cache else {}),
         }
 

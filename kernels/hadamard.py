@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from functools import cache
 from math import isqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,17 @@ def hadamard(x: Tensor, block: int = 0) -> Tensor:
 @hadamard.register_fake
 def _(x: Tensor, block: int = 0) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _keep_block(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+    ctx.block = inputs[1]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return hadamard(gradient, ctx.block), None  # symmetric
+
+
+hadamard.register_autograd(_backward, setup_context=_keep_block)
 
 
 @cache

@@ -1,0 +1,151 @@
+"""Refinement: what a block's packed layers hold in floating point, fitted together to what the block should answer.
+
+Solvers fit one matrix at a time, to its own outputs. Here supports and integer codes stay as they are, and nonzeros, atoms,
+factors and scales move down the gradient of the block's squared output error on the calibration tokens: errors of several
+matrices that cancel, or that nothing behind them minds, are worth nothing to it.
+
+Sources: block reconstruction of BRECQ (arXiv:2102.05426), for pruned weights EBFT (arXiv:2402.12419) and the
+transformer matching of 3BASiL. Where we differ: any format whose `dense_weight` is differentiable, and targets that follow
+`calibration.inputs`: what the original block answers to the inputs that come from compressed predecessors or, paired,
+`paired_share` of the way from there to what the original model gives at this place.
+Adam with a rate relative to the root mean square of each tensor, falling to zero; masters in fp32, one cast back. A block
+whose error did not fall, measured with the tensors as they are stored, keeps what the solvers gave.
+Cost: the time of three forward passes per epoch and of three for target and errors; memory: three fp32 copies of what moves
+and the activations of one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibrate.blocks import BlockRunner
+from compress.layers import CompressedLinear
+from compress.recipe import Refine
+
+_STEP_TOKENS = 1024
+_BETAS = (0.9, 0.95)
+_WARM_UP = 0.1  # of all steps
+
+Layers = dict[str, CompressedLinear]
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A block's output error relative to what the block adds to its inputs, before and after."""
+
+    before: float
+    after: float
+
+
+def refine_block(runner: BlockRunner, index: int, layers: Layers, options: Refine, seed: int) -> Refined:
+    """Fit the floating-point tensors of `layers`, which are to replace linears of block `index`, in place.
+
+    Args:
+        runner: holds the block's inputs in `hidden` and, where there is a second stream, the original block's outputs in
+            `reference`.
+        layers: by the linear's name; the block still holds its original weights.
+        seed: of the order in which sequences are seen.
+    Returns:
+        The errors; where they did not fall the layers hold what they held.
+    """
+    targets = runner.outputs(index)
+    if runner.reference is not None:
+        targets = [own.lerp(theirs, runner.share) for own, theirs in zip(targets, runner.reference, strict=True)]
+    added = _squares(runner, runner.hidden, targets)
+    stored = {name: {key: p.detach().clone() for key, p in _movable(layer)} for name, layer in layers.items()}
+    with _in_place_of_linears(runner.model, layers):
+        before = _squares(runner, runner.outputs(index), targets) / added
+        _replace(layers, lambda name, key, p: p.detach().float().requires_grad_())
+        _descend(runner, index, layers, targets, options, seed)
+        _replace(layers, lambda name, key, p: p.detach().to(stored[name][key].dtype))
+        after = _squares(runner, runner.outputs(index), targets) / added
+    if not after < before:
+        _replace(layers, lambda name, key, p: stored[name][key])
+    return Refined(before**0.5, after**0.5)
+
+
+def _descend(runner: BlockRunner, index: int, layers: Layers, targets: list[Tensor], options: Refine, seed: int) -> None:
+    """Adam on the fp32 masters that `layers` hold, about a thousand tokens a step."""
+    masters = [p for layer in layers.values() for _, p in _movable(layer)]
+    groups = [{"params": [p], "lr": options.rate * float(p.detach().square().mean().sqrt())} for p in masters]
+    optimizer = torch.optim.Adam(groups, betas=_BETAS)
+    steps = list(_steps(runner, targets))
+    total = options.epochs * len(steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / (_WARM_UP * total)) * (1 - step / total)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(options.epochs):
+        for at in torch.randperm(len(steps), generator=generator).tolist():
+            state, target, mask = steps[at]
+            output = runner.tracked(index, state.to(runner.device).clone(), mask)  # a clone: inference made the states
+            error = _counted(output - target.to(runner.device), mask).float()
+            gradients = torch.autograd.grad(error.square().sum(), masters, allow_unused=True)  # experts
+            for master, gradient in zip(masters, gradients, strict=True):
+                master.grad = gradient
+            optimizer.step()
+            schedule.step()
+
+
+def _steps(runner: BlockRunner, targets: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Inputs, targets and mask of a few sequences each: batches made for forward passes are too large to step by."""
+    for state, target, (_, mask) in zip(runner.hidden, targets, runner.batches, strict=True):
+        rows = max(1, _STEP_TOKENS // state.shape[1])
+        for at in range(0, len(state), rows):
+            part = slice(at, at + rows)
+            yield state[part], target[part], None if mask is None else mask[part]
+
+
+def _squares(runner: BlockRunner, states: list[Tensor], targets: list[Tensor]) -> float:
+    """Sum of the squared differences, fp64; padding left out."""
+    pairs = zip(states, targets, runner.batches, strict=True)
+    return sum(float(_counted(state - target, mask).double().square().sum()) for state, target, (_, mask) in pairs)
+
+
+def _counted(difference: Tensor, mask: Tensor | None) -> Tensor:
+    return difference if mask is None else difference[mask.to(difference.device).bool()]
+
+
+def _movable(layer: CompressedLinear) -> Iterator[tuple[str, nn.Parameter]]:
+    """The floating-point tensors that stand for the weight; the bias is the original's."""
+    return ((key, p) for key, p in layer.named_parameters(recurse=False) if key != "bias")
+
+
+def _replace(layers: Layers, new: Callable[[str, str, nn.Parameter], Tensor]) -> None:
+    """Give each movable tensor of the layers another, `new(layer, tensor, old)`."""
+    for name, layer in layers.items():
+        for key, p in list(_movable(layer)):
+            tensor = new(name, key, p)
+            layer.register_parameter(key, nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad))
+
+
+class _Multiplied(nn.Module):
+    """A packed layer for many tokens and gradients: the product with its dense weight, behind the rounding of the inputs,
+    if any, through which gradients pass unchanged."""
+
+    def __init__(self, layer: CompressedLinear, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.layer, self.bias = layer, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        if layer.rounding(layer.spec):
+            x = x + (layer.seen_input(layer.spec, x) - x).detach()
+        return nn.functional.linear(x, layer.dense_weight().to(x.dtype), self.bias)
+
+
+@contextmanager
+def _in_place_of_linears(model: nn.Module, layers: Layers) -> Iterator[None]:
+    linears = {name: model.get_submodule(name) for name in layers}
+    for name, layer in layers.items():
+        model.set_submodule(name, _Multiplied(layer, linears[name].bias))
+    try:
+        yield
+    finally:
+        for name, linear in linears.items():
+            model.set_submodule(name, linear)
