@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from compress.kernels.notice import reference_runs
 
 _PARTS = 8  # of a sum over tokens: whatever the threads, it is added up in the same order
 MOST_TOKENS = 16  # above, weights are multiplied out: they are read once for all tokens, and MKL is faster
+_SCRATCH_BYTES = 2 << 20  # of a weight multiplied out: within any second-level cache and its neighbour
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
@@ -70,22 +72,38 @@ def direct(x: Tensor) -> bool:
     return x.device.type == "cpu" and not traced and not (x.requires_grad and torch.is_grad_enabled())
 
 
-def arranged(x_MK: Tensor, segment: int, bits: int, scale_MS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs as `integer_product` takes them: codes `[M, K]` int16, scales and sums of the codes `[M, segments]` fp32.
-
-    With a scale `x_MK` holds integers already, which stay exact; without one they are rounded to 15 bits per segment.
-    """
+def arranged(x_MK: Tensor, segment: int, weight_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs as `integer_product` takes them, rounded to 15 bits and a sign per segment: codes `[M, K]` int16, scales and
+    sums of the codes `[M, segments]` fp32."""
     x = x_MK.float().contiguous()
     tokens, width = x.shape
-    count = -(-width // segment)
-    codes = torch.empty(tokens, width, dtype=torch.int16)
-    scale = torch.empty(tokens, count) if scale_MS is None else scale_MS.float().contiguous()
-    sums = torch.empty(tokens, count)
+    codes, scale, sums = _arrangement(tokens, width, segment)
     compiled().arrange(
         *map(_pointer, (x, codes, scale, sums)),
         *map(ctypes.c_long, (tokens, width, segment)),
-        *map(ctypes.c_int, (bits, scale_MS is not None, torch.get_num_threads())),
+        *map(ctypes.c_int, (weight_bits, torch.get_num_threads())),
     )
+    return codes, scale, sums
+
+
+def _arrangement(tokens: int, width: int, segment: int) -> tuple[Tensor, Tensor, Tensor]:
+    count = -(-width // segment)
+    return torch.empty(tokens, width, dtype=torch.int16), torch.empty(tokens, count), torch.empty(tokens, count)
+
+
+def rounded(
+    x_MK: Tensor, segment: int, bits: int, slices: int, clip: float, weight_bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for inputs that `rounded_activation` of mixed_precision rounds to `bits` per token and slice: its codes, less
+    their zero points. The last dimension of `x_MK`, fp32, must be dense; a slice holds whole segments."""
+    tokens, width = x_MK.shape
+    codes, scale, sums = _arrangement(tokens, width, segment)
+    compiled().round_inputs(
+        _pointer(x_MK), ctypes.c_long(x_MK.stride(0)),
+        *map(_pointer, (codes, scale, sums)),
+        *map(ctypes.c_long, (tokens, width, width // slices, segment)),
+        *map(ctypes.c_int, (bits, weight_bits)), ctypes.c_float(clip), ctypes.c_int(torch.get_num_threads()),
+    )  # fmt: skip
     return codes, scale, sums
 
 
@@ -153,20 +171,34 @@ def sparse_product(
 
 
 def expanded_sparse(
-    packed: Tensor, scale_NG: Tensor | None, mask: Tensor, units: int, learned: int, bits: int, group_size: int
-) -> Tensor:
-    """The fp32 codes `[N, units + learned]` of bitmask-packed rows; arguments and limits as in the product."""
-    atoms = units + learned
-    out = torch.empty(len(packed), atoms)
+    packed: Tensor, scale_NG: Tensor | None, mask: Tensor, units: int, bits: int, group_size: int, out_NA: Tensor
+) -> None:
+    """Write the fp32 codes of bitmask-packed rows into a contiguous `[N, A]`; arguments and limits as in the product."""
     scale = mask if scale_NG is None else scale_NG
     compiled().expand_sparse(
-        *map(_pointer, (packed, scale, mask, out)),
-        *map(ctypes.c_long, (len(packed), atoms, units, packed.shape[1])),
+        *map(_pointer, (packed, scale, mask, out_NA)),
+        *map(ctypes.c_long, (*out_NA.shape, units, packed.shape[1])),
         ctypes.c_int(bits),
         *map(ctypes.c_long, (group_size, scale.shape[1])),
         ctypes.c_int(torch.get_num_threads()),
     )
-    return out
+
+
+def product_by_blocks(x_MK: Tensor, rows: int, expand: Callable[[slice, Tensor], None]) -> Tensor:
+    """`[M, N]` fp32 of inputs and a weight that `expand(rows, out)` multiplies out, some rows at a time.
+
+    What fits the cache is read there; a whole weight in fp32 would go through memory twice, and fresh pages for it cost as
+    much as the product with a hundred tokens.
+    """
+    tokens, width = x_MK.shape
+    step = max(8, _SCRATCH_BYTES // (4 * width))
+    scratch, y_NM = torch.empty(min(step, rows), width), torch.empty(rows, tokens)
+    for first in range(0, rows, step):
+        part = slice(first, min(first + step, rows))
+        weight = scratch[: part.stop - first]
+        expand(part, weight)
+        torch.mm(weight, x_MK.T, out=y_NM[part])
+    return y_NM.T.contiguous()
 
 
 def expand_groups(

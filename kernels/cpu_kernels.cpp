@@ -44,9 +44,8 @@ static inline long place(long k, long full, int bits) {
     return bits == 4 && k < full ? k / BLOCK * BLOCK + (k % 2) * (BLOCK / 2) + (k % BLOCK) / 2 : k;
 }
 
-extern "C" void arrange(const float* x, int16_t* q, float* scale, float* sum, long M, long K, long seg, int bits, int exact,
-                        int threads) {
-    // exact: x holds integers and `scale` is given; otherwise x is rounded and `scale` is written
+// Inputs rounded to 15 bits and a sign per segment, and arranged.
+extern "C" void arrange(const float* x, int16_t* q, float* scale, float* sum, long M, long K, long seg, int bits, int threads) {
     long S = (K + seg - 1) / seg;
 #pragma omp parallel for num_threads(threads) collapse(2) if (M * K > 65536)
     for (long m = 0; m < M; m++)
@@ -54,13 +53,10 @@ extern "C" void arrange(const float* x, int16_t* q, float* scale, float* sum, lo
             long start = s * seg, width = (start + seg < K ? seg : K - start), full = width / BLOCK * BLOCK;
             const float* from = x + m * K + start;
             int16_t* to = q + m * K + start;
-            float inverse = 1;
-            if (!exact) {
-                float largest = 0;
-                for (long k = 0; k < width; k++) largest = std::fmax(largest, std::fabs(from[k]));
-                scale[m * S + s] = largest / 32767;
-                inverse = largest > 0 ? 32767 / largest : 0;
-            }
+            float largest = 0;
+            for (long k = 0; k < width; k++) largest = std::fmax(largest, std::fabs(from[k]));
+            scale[m * S + s] = largest / 32767;
+            const float inverse = largest > 0 ? 32767 / largest : 0;
             int64_t total = 0;
             for (long k = 0; k < width; k++) {
                 int16_t code = int16_t(std::lrintf(from[k] * inverse));
@@ -68,6 +64,63 @@ extern "C" void arrange(const float* x, int16_t* q, float* scale, float* sum, lo
                 total += code;
             }
             sum[m * S + s] = float(total);
+        }
+}
+
+// Inputs rounded as `rounded_activation` of compress/kernels/mixed_precision.py does it, less their zero, and arranged: per
+// token and slice asymmetric codes of `bits`, the range forced to hold 0 and cut at `clip` root mean squares (0: not).
+extern "C" void round_inputs(const float* x, long stride, int16_t* q, float* scale, float* sum, long M, long K, long slice,
+                             long seg, int bits, int weight_bits, float clip, int threads) {
+    const long S = (K + seg - 1) / seg;
+    const float most = float((1 << bits) - 1);
+#pragma omp parallel for num_threads(threads) collapse(2) if (M * K > 65536)
+    for (long m = 0; m < M; m++)
+        for (long from = 0; from < K; from += slice) {
+            const float* v = x + m * stride + from;
+            float lows[8] = {}, highs[8] = {}, squares[8] = {};
+            long k = 0;
+            for (; k + 8 <= slice; k += 8)
+                for (int i = 0; i < 8; i++) {
+                    lows[i] = v[k + i] < lows[i] ? v[k + i] : lows[i];
+                    highs[i] = v[k + i] > highs[i] ? v[k + i] : highs[i];
+                    squares[i] += v[k + i] * v[k + i];
+                }
+            for (; k < slice; k++) {
+                lows[0] = std::fmin(lows[0], v[k]);
+                highs[0] = std::fmax(highs[0], v[k]);
+                squares[0] += v[k] * v[k];
+            }
+            float low = 0, high = 0, square = 0;
+            for (int i = 0; i < 8; i++) low = std::fmin(low, lows[i]), high = std::fmax(high, highs[i]), square += squares[i];
+            if (clip > 0) {
+                const float bound = clip * std::sqrt(square / float(slice));
+                low = low < -bound ? -bound : low;
+                high = high > bound ? bound : high;
+            }
+            float step = (high - low) / most;
+            if (!(step > 0)) step = 1;
+            const float zero = std::nearbyint(-low / step);
+            const bool finite = square == square && step * 0 == 0;  // a NaN or an infinity makes the token NaN, as in torch
+            for (long start = from; start < from + slice; start += seg) {
+                const long width = start + seg < from + slice ? seg : from + slice - start, full = width / BLOCK * BLOCK;
+                int16_t* to = q + m * K + start;
+                int64_t total = 0;
+                for (long at = 0; at < width; at += BLOCK) {
+                    const long count = at + BLOCK < width ? BLOCK : width - at;
+                    float centred[BLOCK];
+                    for (long i = 0; i < count; i++) {
+                        const float code = std::nearbyint(v[start - from + at + i] / step) + zero;
+                        centred[i] = (code < 0 ? 0 : code > most ? most : code) - zero;
+                    }
+                    for (long i = 0; i < count; i++) {
+                        const int16_t one = finite ? int16_t(centred[i]) : int16_t(0);
+                        to[place(at + i, full, weight_bits)] = one;
+                        total += one;
+                    }
+                }
+                scale[m * S + start / seg] = finite ? step : NAN;
+                sum[m * S + start / seg] = float(total);
+            }
         }
 }
 
@@ -84,6 +137,7 @@ static void integer_rows(const int16_t* q, const float* scale, const float* sum,
                          float* y, long N, long K, long row_bytes, long seg, long group, long groups, int add, int threads) {
     const long S = (K + seg - 1) / seg, flush = BITS == 4 ? 4096 : 1024;  // columns whose sums fit 32 bits
     const float zero = float(1 << (BITS - 1));
+    const uint8_t* behind = w + N * row_bytes;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long n = 0; n < N; n++) {
         float result[M] = {};
@@ -113,8 +167,9 @@ static void integer_rows(const int16_t* q, const float* scale, const float* sum,
                         b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(row + k + 16)));
                     } else {
                         const uint8_t* at = row + k / 8 * BITS;
+                        const bool inside = at + 3 * BITS + 8 <= behind;  // one load of 8 bytes, where they are there
                         uint64_t eight[4];
-                        for (int i = 0; i < 4; i++) eight[i] = eight_codes(at + i * BITS, BITS, BITS);
+                        for (int i = 0; i < 4; i++) eight[i] = eight_codes(at + i * BITS, BITS, inside ? 8 : BITS);
                         a = _mm256_cvtepu8_epi16(_mm_set_epi64x(eight[1], eight[0]));
                         b = _mm256_cvtepu8_epi16(_mm_set_epi64x(eight[3], eight[2]));
                     }
@@ -130,6 +185,19 @@ static void integer_rows(const int16_t* q, const float* scale, const float* sum,
             }
 #endif
             int64_t rest[M] = {};
+#if defined(__AVX2__)
+            __m128i few[M];  // up to 31 columns behind the last whole block, in their own order
+            for (int m = 0; m < M; m++) few[m] = _mm_setzero_si128();
+            for (; k + 8 <= stop; k += 8) {
+                const __m128i a = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(eight_codes(row + k / 8 * BITS, BITS, BITS)));
+                for (int m = 0; m < M; m++)
+                    few[m] = _mm_add_epi32(few[m], _mm_madd_epi16(a, _mm_loadu_si128((const __m128i*)(q + m * K + k))));
+            }
+            for (int m = 0; m < M; m++) {
+                __m128i sums = _mm_add_epi32(few[m], _mm_shuffle_epi32(few[m], 0x4e));
+                rest[m] = _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0xb1)));
+            }
+#endif
             for (; k < stop; k++) {
                 // without vector instructions blocks end up here too: find the column that lies at place k
                 long column = k;

@@ -154,7 +154,7 @@ mixed_precision = torch.library.custom_op("compress::mixed_precision", mixed_pre
 
 @mixed_precision.register_kernel("cpu")
 def mixed_precision_cpu(x: Tensor, *stored: Any) -> Tensor:
-    """Few tokens: codes against codes, without a weight. Many: the weight multiplied out once, in fp32."""
+    """Few tokens: codes against codes, without a weight. Many: the weight multiplied out by blocks of rows, in fp32."""
     *_, group_size, activation_bits, groups, _ = stored
     rounds, parts = activation_bits < 16, _parts(x.shape[-1], *stored)
     ways = [_segment(part.stop - part.start, group_size, groups if rounds else 1) for part in parts]
@@ -165,21 +165,21 @@ def mixed_precision_cpu(x: Tensor, *stored: Any) -> Tensor:
     x_TI, y = x.reshape(-1, x.shape[-1]).float(), None
     inputs = [x_TI[:, part.start : part.stop] for part in parts]
     if len(x_TI) > cpu.MOST_TOKENS:
-        weight = torch.empty(len(parts[0].packed), x.shape[-1])
-        for part in parts:
-            cpu.expanded(part.packed, part.scale, part.bits, group_size, weight[:, part.start : part.stop])
         if rounds:
             seen = [round_activation(i, p.seen_bits, groups, p.clip) for p, i in zip(parts, inputs, strict=True)]
             x_TI = torch.cat(seen, dim=1)
-        return (x_TI @ weight.T).to(x.dtype).view(*x.shape[:-1], -1)
-    for part, codes, segment in zip(parts, inputs, ways, strict=True):
-        scale = None
+
+        def expand(rows: slice, out: Tensor) -> None:
+            for p in parts:
+                cpu.expanded(p.packed[rows], p.scale[rows], p.bits, group_size, out[:, p.start : p.stop])
+
+        y = cpu.product_by_blocks(x_TI, len(parts[0].packed), expand)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+    for part, seen, segment in zip(parts, inputs, ways, strict=True):
         if rounds:
-            codes, scale, zero = rounded_activation(codes, part.seen_bits, groups, part.clip)
-            codes = (codes.unflatten(-1, (groups, -1)) - zero[..., None]).flatten(-2)
-            if groups == 1:  # one scale for all segments; else a segment is a slice, with a scale of its own
-                scale = scale.expand(-1, -(-codes.shape[1] // segment))
-        arranged = cpu.arranged(codes, segment, part.bits, scale)
+            arranged = cpu.rounded(seen, segment, part.seen_bits, groups, part.clip, part.bits)
+        else:
+            arranged = cpu.arranged(seen, segment, part.bits)
         y = cpu.integer_product(arranged, segment, part.packed, part.scale, part.bits, group_size, add_to=y)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 

@@ -100,7 +100,8 @@ sparse_dictionary = torch.library.custom_op("compress::sparse_dictionary", spars
 
 @sparse_dictionary.register_kernel("cpu")
 def sparse_dictionary_cpu(x: Tensor, *stored: Any) -> Tensor:
-    """Few tokens: each row's nonzeros meet the inputs where the mask says. Many: codes expanded once, products in fp32."""
+    """Few tokens: each row's nonzeros meet the inputs where the mask says. Many: codes expanded by blocks of rows,
+    products in fp32."""
     values, mask, scale, _, _, unit_atoms, learned, _, bits, group, _ = stored
     units = x.shape[-1] if unit_atoms else 0
     runs_here = values.dtype == (torch.uint8 if bits < 16 else torch.bfloat16) and cpu.usable(x)
@@ -114,16 +115,22 @@ def sparse_dictionary_cpu(x: Tensor, *stored: Any) -> Tensor:
     if mask is not None and few:
         y = cpu.sparse_product(u_MA, values, scale, mask, units, bits, group)
     elif mask is not None:
-        y = u_MA @ cpu.expanded_sparse(values, scale, mask, units, learned, bits, group).T
+
+        def expand(rows: slice, out: Tensor) -> None:
+            cpu.expanded_sparse(values[rows], None if scale is None else scale[rows], mask[rows], units, bits, group, out)
+
+        y = cpu.product_by_blocks(u_MA, len(values), expand)
     elif bits == 16:
         y = u_MA @ values.float().T
     elif few:
         segment = group or u_MA.shape[1]
         y = cpu.integer_product(cpu.arranged(u_MA, segment, bits), segment, values, scale, bits, group)
     else:
-        codes = torch.empty(len(values), u_MA.shape[1])
-        cpu.expanded(values, scale, bits, group, codes)
-        y = u_MA @ codes.T
+
+        def expand(rows: slice, out: Tensor) -> None:
+            cpu.expanded(values[rows], scale[rows], bits, group, out)
+
+        y = cpu.product_by_blocks(u_MA, len(values), expand)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers import save_tiny, tiny_recipe
 
 from compress.errors import CompressError
 from compress.kernels.hadamard import hadamard
 from compress.recipe import Recipe
 from compress.run import run
 from compress.tensorfile import read_header
-from tests.helpers import save_tiny, tiny_recipe
 
 FORMS = {
     "pruned": {"dictionary": "identity", "ratio": 0.4},

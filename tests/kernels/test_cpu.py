@@ -9,8 +9,13 @@ import pytest
 import torch
 
 from compress.kernels import cpu
-from compress.kernels.mixed_precision import dequantize_part, mixed_precision, mixed_precision_reference
-from compress.kernels.pack import pack_signed
+from compress.kernels.mixed_precision import (
+    dequantize_part,
+    mixed_precision,
+    mixed_precision_reference,
+    rounded_activation,
+)
+from compress.kernels.pack import pack_signed, unpack_signed
 from compress.kernels.sparse_dictionary import sparse_dictionary, sparse_dictionary_reference
 from kernels.test_sparse_dictionary import case
 
@@ -45,16 +50,43 @@ def test_integer_product(bits: int, width: int, group: int) -> None:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_integers_stay_exact(bits: int) -> None:
-    """Inputs that are integers already, at both ends of their range: int32 sums, one product with the scales."""
-    width = 2048 if bits < 6 else 256  # sums below 2^24, which fp32 holds
+@pytest.mark.parametrize("tail", [0, 7, 8, 31])
+def test_integers_stay_exact(bits: int, tail: int) -> None:
+    """Inputs that are integers with a range of 255 are their own codes: int32 sums, one product with the scales."""
+    width = (2048 if bits < 6 else 256) + tail  # sums below 2^24, which fp32 holds
     packed, scale = packed_case(5, width, bits, 0)
-    scale = torch.ones_like(scale)
-    x = torch.randint(-255, 256, (3, width)).float()
-    x[0] = 255
-    inputs = cpu.arranged(x, width, bits, torch.ones(3, 1))
-    got = cpu.integer_product(inputs, width, packed, scale, bits, 0)
-    assert torch.equal(got.double(), x.double() @ dequantize_part(packed, scale, bits, width, 0).double().T)
+    x = torch.randint(-100, 156, (3, width)).float()
+    x[:, 0], x[:, -1] = -100, 155
+    got = cpu.integer_product(cpu.rounded(x, width, 8, 1, 0.0, bits), width, packed, torch.ones_like(scale), bits, 0)
+    assert torch.equal(got.double(), x.double() @ unpack_signed(packed, bits, width).double().T)
+
+
+@pytest.mark.parametrize(("width", "slices", "segment"), [(96, 1, 96), (96, 1, 40), (100, 4, 25), (37, 1, 37), (1, 1, 1)])
+@pytest.mark.parametrize("clip", [0.0, 1.5])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_rounded_inputs(width: int, slices: int, segment: int, clip: float, bits: int) -> None:
+    """Codes, scales and sums of the reference, from a slice of columns, with rows of zeros, of one sign and of outliers."""
+    x = torch.randn(6, width + 5)[:, 3 : 3 + width]
+    x[1], x[2], x[3], x[4, 0] = 0, x[2].abs(), -x[3].abs(), 1e20
+    codes, scale, zero = rounded_activation(x, bits, slices, clip)
+    want = (codes.unflatten(-1, (slices, -1)) - zero[..., None]).flatten(-2)
+    got, got_scale, sums = cpu.rounded(x, segment, bits, slices, clip, 8)  # of 8-bit weights: columns in their order
+    count = got_scale.shape[1]
+    assert torch.equal(got_scale, scale if count == slices else scale.expand(-1, count)) or clip
+    assert relative(got_scale, scale.repeat_interleave(count // slices, dim=1)) < 1e-6  # the mean square, added up otherwise
+    assert (got.float() - want).abs().max() <= (1 if clip else 0)
+    cuts = [range(start, min(start + segment, width)) for start in range(0, width, segment)]
+    assert torch.equal(sums, torch.stack([got[:, cut].float().sum(dim=1) for cut in cuts], dim=1))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("clip", [0.0, 2.0])
+def test_what_is_not_finite_spoils_its_token_alone(value: float, clip: float) -> None:
+    low, low_scale = packed_case(9, 40, 4, 0)
+    x = torch.randn(3, 40)
+    x[1, 17] = value
+    got = mixed_precision(x, low, low_scale, None, None, 4, 8, 0, 0, 4, 1, clip)
+    assert got[1].isnan().all() and got[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -92,6 +124,20 @@ def test_sparse_dictionary(shape: tuple, bits: int, tokens: int) -> None:
     arguments = (*stored, None if dictionary is None else dictionary.bfloat16(), *rest)
     x = torch.randn(tokens, shape[0])
     assert relative(sparse_dictionary(x, *arguments), sparse_dictionary_reference(x, *arguments)) < 1e-4
+
+
+@pytest.mark.parametrize("bits", [3, 4, 16])
+def test_products_by_blocks_of_rows(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tokens: a weight of 33 rows in blocks of 8 is the same function; the last block holds one row."""
+    (values, mask, scale, dictionary, *rest), _ = case(64, 33, 9, 40, True, bits=bits, group=16 if bits < 16 else 0)
+    stored = (values if bits < 16 else values.bfloat16(), mask, None if scale is None else scale.bfloat16())
+    sparse, x = (*stored, dictionary.bfloat16(), *rest), torch.randn(40, 64)
+    low, low_scale = packed_case(33, 64, bits, 16) if bits < 16 else (None, None)
+    monkeypatch.setattr(cpu, "_SCRATCH_BYTES", 0)
+    assert relative(sparse_dictionary(x, *sparse), sparse_dictionary_reference(x, *sparse)) < 1e-6  # 2e-7
+    if bits < 16:
+        integers = (low, low_scale, None, None, bits, 8, 0, 16, 16, 1, 0.0)
+        assert relative(mixed_precision(x, *integers), mixed_precision_reference(x, *integers)) < 1e-6
 
 
 def test_without_a_compiler_the_reference_runs_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
