@@ -13,75 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+from pathlib import Path
 from statistics import median
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import DynamicCache
 
-from compress.kernels.sparse_dictionary import pack_mask
-from compress.layers import Spec, build, check_spec
-from compress.layers.sparse_dictionary import all_atoms
-from compress.linalg import largest_per_row
-from compress.methods import Site, load
-from compress.model import inputs_of
-from compress.recipe import Recipe
-
-SHAPES = {
-    "135m": {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "vocab_size": 49152,
-    },
-    "1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256,
-    },
-}  # fmt: skip
-
-
-def dense_model(shape: str, dtype: torch.dtype, recipe: str | None = None) -> nn.Module:
-    """Random numbers in the shape of a model; with a recipe, its layers in place of the linears."""
-    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=4096)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if recipe:
-        _replace_linears(model, Recipe.load(recipe))
-    model = model.to_empty(device="cpu")
-    pattern = torch.randn(1 << 16) * 0.02  # repeated: drawing billions of numbers would take minutes
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point():
-            flat = tensor.data.view(-1)
-            for start in range(0, len(flat), len(pattern)):
-                part = flat[start : start + len(pattern)]
-                part.copy_(pattern[: len(part)])
-        elif name.endswith(".mask"):
-            tensor.copy_(_mask(model.get_submodule(name.removesuffix(".mask")).spec))
-        else:
-            tensor.random_(0, 256)
-    for module in model.modules():  # what to_empty left unset: rotary tables
-        if hasattr(module, "rope_init_fn") or hasattr(module, "inv_freq"):
-            module.__init__(config)
-    model.tie_weights()
-    return model.eval()
-
-
-def _replace_linears(model: nn.Module, recipe: Recipe) -> None:
-    for name, linear in list(model.named_modules()):
-        if not isinstance(linear, nn.Linear) or name == "lm_head":
-            continue
-        rule = recipe.rule_for(name)
-        site = Site(linear.in_features, linear.out_features, *inputs_of(model, name, linear))
-        sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": False}
-        spec = {**load(rule.method).plan(site, rule.options), **sizes}
-        check_spec(spec)
-        with torch.device("meta"):
-            model.set_submodule(name, build(spec))
-
-
-def _mask(spec: Spec) -> torch.Tensor:
-    chosen = largest_per_row(torch.rand(spec["out_features"], all_atoms(spec)), spec["num_nonzeros"])
-    return pack_mask(chosen)
+sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
+from random_models import SHAPES, random_model
 
 
 @torch.inference_mode()
@@ -105,7 +47,7 @@ def prompt_seconds(model: nn.Module, prompt: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=["135m", "1b"], choices=list(SHAPES))
     parser.add_argument("--recipes", nargs="+", default=["gptq-w4", "resq-w4", "cospadi-20", "cospadi-40"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokens", type=int, default=8, help="decoded in every round")
@@ -113,9 +55,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for shape in options.shapes:
-        models = {"dense fp32": dense_model(shape, torch.float32), "dense bf16": dense_model(shape, torch.bfloat16)}
+        models = {"dense fp32": random_model(shape, torch.float32), "dense bf16": random_model(shape, torch.bfloat16)}
         for recipe in options.recipes:
-            models[recipe] = dense_model(shape, torch.bfloat16, recipe)
+            models[recipe] = random_model(shape, torch.bfloat16, recipe)
         prompt = torch.randint(0, 1000, (1, 128))
         decoding: dict[str, list[float]] = {name: [] for name in models}
         reading: dict[str, list[float]] = {name: [] for name in models}

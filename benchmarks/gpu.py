@@ -1,12 +1,14 @@
-"""Every GPU kernel checked against fp64, then timed against torch's bf16 product, with the roofline beside it. One call.
+"""Every GPU kernel checked against fp64, then timed against torch in bf16, with the roofline beside it. One call.
 
-    python -P benchmarks/gpu.py                   # on a machine with a GPU: about five minutes
+    python -P benchmarks/gpu.py                   # on a machine with a GPU: about ten minutes
     python -P benchmarks/gpu.py --check           # correctness alone
+    python -P benchmarks/gpu.py --check --device cpu --parts layers attention
 
 Shapes are the four distinct linears of Llama-3-8B and of Llama-3.2-1B. Times are medians of a CUDA graph that runs the layer
 over copies of its weights which together exceed the L2 cache, so that weights come from memory as they do in a model.
 `roofline` is the time that the bytes of the packed weight, inputs and outputs take at the memory bandwidth that a plain copy
 reaches here; `of_roofline` is the share of it that was reached, `ratio` the speed-up over bf16. One JSON line per case.
+What follows the layers, attention and whole models, is in `gpu_models.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -25,6 +28,9 @@ from compress.layers.sparse_dictionary import all_atoms
 from compress.linalg import largest_per_row
 from compress.methods import Site, load
 from compress.recipe import Recipe
+
+sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
+import gpu_models
 
 SHAPES = {
     "8b": {"q_proj": (4096, 4096), "k_proj": (4096, 1024), "up_proj": (4096, 14336), "down_proj": (14336, 4096)},
@@ -42,6 +48,7 @@ FORMS = {
     "cospadi-75 4 bits": ["weights.value_bits=4"],
 }
 BATCHES = (1, 16, 256)
+PARTS = ("layers", "attention", "models")
 L2_BYTES = 128 << 20  # more than any card has
 
 
@@ -111,15 +118,31 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="cpu: try the script itself, with --check")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     options = parser.parse_args()
     torch.manual_seed(0)
+    wrong = check_layers(options.forms, options.device) if "layers" in options.parts else 0
+    if "attention" in options.parts:
+        few = {"totals": ((2, 300),)} if options.device == "cpu" else {}
+        wrong += not gpu_models.attention(options.device, None if options.check else seconds, **few)
+    if options.check or wrong:
+        return 1 if wrong else 0
+    if "layers" in options.parts:
+        time_layers(options.shapes, options.forms)
+    if "models" in options.parts:
+        gpu_models.decoding(options.shapes, options.device)
+    return 0
+
+
+def check_layers(forms: list[str], device: str) -> int:
+    """How many cases are wrong; each is printed."""
     wrong = 0
-    for form in options.forms:
+    for form in forms:
         for name, shape in {"q_proj": (512, 768), "down_proj": (1536, 576)}.items():
-            layer = random_layer(form, name, shape, options.device)
+            layer = random_layer(form, name, shape, device)
             for tokens in (1, 3, 16, 17, 64):
                 for dtype, bound in ((torch.float32, 2e-4), (torch.bfloat16, 2e-2)):
-                    found = error(layer, torch.randn(tokens, shape[0], device=options.device).to(dtype))
+                    found = error(layer, torch.randn(tokens, shape[0], device=device).to(dtype))
                     if not found < bound:
                         wrong += 1
                         print(
@@ -127,12 +150,14 @@ def main() -> int:
                                 {"wrong": form, "shape": shape, "tokens": tokens, "dtype": str(dtype), "error": found}
                             )
                         )
-    print(json.dumps({"checked": len(options.forms), "wrong": wrong}), flush=True)
-    if options.check or wrong:
-        return 1 if wrong else 0
+    print(json.dumps({"checked": len(forms), "wrong": wrong}), flush=True)
+    return wrong
+
+
+def time_layers(shapes: list[str], forms: list[str]) -> None:
     bandwidth = copy_bandwidth()
     print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bytes_per_second": bandwidth}))
-    for size in options.shapes:
+    for size in shapes:
         for name, shape in SHAPES[size].items():
             copies = max(2, -(-L2_BYTES // (2 * shape[0] * shape[1])))
             weights = [torch.randn(shape[1], shape[0], device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
@@ -141,7 +166,7 @@ def main() -> int:
                 x = torch.randn(batch, shape[0], device="cuda", dtype=torch.bfloat16)
                 dense[batch] = seconds([lambda x, w=w: x @ w.T for w in weights], x)
             del weights
-            for form in options.forms:
+            for form in forms:
                 one = random_layer(form, name, shape, "cuda")
                 size_bytes = packed_bytes(one.spec)
                 layers = [one] + [random_layer(form, name, shape, "cuda") for _ in range(1, -(-L2_BYTES // size_bytes))]
@@ -156,7 +181,6 @@ def main() -> int:
                     }  # fmt: skip
                     print(json.dumps(line), flush=True)
                 del layers
-    return 0
 
 
 if __name__ == "__main__":
