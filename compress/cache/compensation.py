@@ -1,4 +1,5 @@
-"""The maths of SQuat: keys rounded block of channels by block of channels, each error kept away from the queries.
+"""The maths of SQuat: keys rounded block of channels by block of channels, each error kept away from the queries. The
+matrices are found here and used by `compress.kernels.group_packing`.
 
 Paper: SQuat, arXiv:2503.24358. A key is only ever read as q . k, so of its rounding error e only e^T A e matters, where A
 is the second moment of the queries that will read it. With A = I + strength C d / tr C, channels are rounded in blocks;
@@ -15,15 +16,13 @@ a cap on the entries of G keeps corrected channels in their range. The released 
 `natural_order`, and a strength from its own lambda.
 Cost: d^3 / 3 per block once, then one [n, g] x [g, f] product per block and group of tokens.
 
-Legend: B batch, H KV heads, N groups of tokens, G tokens of a group, D channels of a head.
+Legend: H KV heads, D channels of a head.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from compress.cache.quantizer import Grid, quantize
 
 
 def visiting_order(metric_HDD: Tensor, *, natural: bool = False) -> Tensor:
@@ -63,29 +62,3 @@ def corrections(metric_HDD: Tensor, order: Tensor, block: int, cap: float = 1.0)
         largest = moved.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(cap)
         result.append((moved * (cap / largest)).float())
     return result
-
-
-def quantize_groups(
-    x_BHNGD: Tensor, bits: int, grid: Grid, block: int, moves: list[Tensor], fit: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Round keys per channel and group of tokens; channels are in visiting order.
-
-    Args:
-        moves: of `corrections`, `[B, H, f, g]` or `[H, f, g]`; an empty list rounds all channels as they are.
-    Returns:
-        codes uint8 `[B, H, N, G, D]`, scale and minimum `[B, H, N, D]` as the grid stores them.
-    """
-    x = x_BHNGD.float().clone()
-    width = x.shape[-1]
-    step = block if moves else width
-    codes, scales, minima = [], [], []
-    for index, start in enumerate(range(0, width, step)):
-        part = x[..., start : start + step]
-        rounded = quantize(part.mT, bits, grid, fit)  # one row per channel, the group's tokens in it
-        codes.append(rounded.codes.mT)
-        scales.append(rounded.scale.squeeze(-1))
-        minima.append(rounded.minimum.squeeze(-1))
-        if index < len(moves):
-            error = rounded.values.mT - part
-            x[..., start + step :] += error @ moves[index].mT[..., None, :, :]
-    return torch.cat(codes, dim=-1), torch.cat(scales, dim=-1), torch.cat(minima, dim=-1)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from compress.cache.buffer import GrowingRows, half_of
 from compress.cache.layer import CacheConfig, PackedLayer
-from compress.cache.quantizer import EIGHT_BITS, Grid, as_bytes, to_grid
 from compress.errors import CompressError
+from compress.kernels.affine_groups import EIGHT_BITS
+from compress.kernels.rounding import Grid, as_bytes, to_grid
 
 _LARGEST = torch.finfo(EIGHT_BITS).max
 _TABLE = torch.arange(256, dtype=torch.uint8).view(EIGHT_BITS).float()

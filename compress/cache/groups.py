@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 
 from compress.cache.buffer import GrowingRows, half_of
-from compress.cache.compensation import quantize_groups
-from compress.cache.quantizer import Grid, quantize
 from compress.cache.wave import Wave
 from compress.kernels.affine_groups import EIGHT_BITS, expand_groups
-from compress.kernels.pack import pack, packed_width
+from compress.kernels.group_packing import pack_groups
+from compress.kernels.pack import packed_width
 
 _CALMER = 0.5  # a wave that leaves more of the keys' variance than this is not theirs
 _ANY = 1 << 30  # tokens
@@ -151,23 +150,26 @@ class GroupStore:
         step = config.group_size * max(1, _SLICE // config.group_size)
         for first in range(start, start + count, step):
             last = min(first + step, start + count)
-            self._pack(*(rows.rows()[:, :, first:last].float() for rows in (self.exact_keys, self.exact_values)))
+            self._pack(*(rows.rows()[:, :, first:last] for rows in (self.exact_keys, self.exact_values)))
         for rows in (self.exact_keys, self.exact_values):
             rows.remove(start, count)
 
     def _pack(self, keys: Tensor, values: Tensor) -> None:
-        """Append whole groups, `[batch, heads, tokens, head_dim]` fp32."""
+        """Append whole groups, `[batch, heads, tokens, head_dim]`."""
         size, first = self.config.group_size, self.config.sink_tokens + self.value_codes.length
         if not self.reference.length:
-            self._refer(keys[:, :, :size], values[:, :, :size].unflatten(-1, (-1, self.value_group)))
+            self._refer(keys[:, :, :size].float(), values[:, :, :size].float().unflatten(-1, (-1, self.value_group)))
         if (wave := self._wave(first, keys.shape[2])) is not None:
-            keys = keys - wave
-        codes, scale, minimum = self.round_keys((keys - self._centre()).unflatten(2, (-1, size)))
-        self.key_codes.append(pack(codes.flatten(-2), self.key_bits))
-        self.key_affine.append(torch.cat([scale, minimum], dim=-1))
-        rounded = quantize(values.unflatten(-1, (-1, self.value_group)), self.value_bits, self._grid("values"))
-        self.value_codes.append(pack(rounded.codes.flatten(-2), self.value_bits))
-        self.value_affine.append(torch.cat([rounded.scale, rounded.minimum], dim=-2).squeeze(-1))
+            keys = keys.float() - wave
+        units, centre = self._units("keys"), self._centre().squeeze(2)
+        packed_keys = pack_groups(
+            keys, self.key_bits, size, self.head_dim, self.affine_dtype, units, centre, *self.compensation(), self.config.fit
+        )
+        runs, units = self.value_dim // self.value_group, self._units("values")
+        packed_values = pack_groups(values, self.value_bits, 1, runs, self.affine_dtype, units)
+        stored = self.key_codes, self.key_affine, self.value_codes, self.value_affine
+        for rows, new in zip(stored, (*packed_keys, *packed_values), strict=True):
+            rows.append(new)
 
     def _refer(self, keys: Tensor, values: Tensor) -> None:
         """Centre `[head_dim]`, units of the keys' scale and minimum, units of the values', and 1 where the wave is used."""
@@ -207,13 +209,9 @@ class GroupStore:
         first = self.head_dim + (0 if side == "keys" else 2)
         return self.reference.rows()[:, :, 0, first : first + 2]
 
-    def _grid(self, side: str) -> Grid:
-        units = self._units(side)
-        return Grid(self.affine_dtype) if units is None else Grid(EIGHT_BITS, *units[..., None, None, None].unbind(2))
-
-    def round_keys(self, keys_BHNGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scales and minima of whole groups; see `quantize_groups`."""
-        return quantize_groups(keys_BHNGD, self.key_bits, self._grid("keys"), self.head_dim, [], self.config.fit)
+    def compensation(self) -> tuple[Tensor | None, Tensor | None, int]:
+        """Order, corrections and block of the channels of keys, as `pack_groups` takes them: none here."""
+        return None, None, 0
 
     def read(self) -> tuple[Tensor, Tensor]:
         """All keys and values in the dtypes they came in."""

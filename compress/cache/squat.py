@@ -24,11 +24,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from compress.cache import kivi
 from compress.cache.buffer import GrowingRows
-from compress.cache.compensation import corrections, leading, quantize_groups, visiting_order
+from compress.cache.compensation import corrections, leading, visiting_order
 from compress.cache.groups import GroupStore
 from compress.errors import CompressError
+from compress.kernels.group_packing import behind
 
-Corrections = tuple[Tensor, list[Tensor]]  # the order of the channels, and the matrices in it
+Corrections = tuple[Tensor, Tensor]  # the order of the channels, and the matrices in it one after the other
 
 _DECIDE = ("block", "strength", "relative", "rank", "natural_order", "cap")
 _known_corrections = WeakTensorKeyDictionary()  # of given metrics
@@ -62,7 +63,7 @@ class QueryStore(GroupStore):
         super().__init__(config, rows, key_states, value_states)
         batch, heads, _, width = key_states.shape
         self.given, self.frozen, device = given, given is not None, key_states.device
-        moved = sum(size * config.block for size in self._sizes())
+        moved = sum(size * config.block for size in behind(width, config.block))
         wide = [0, 0, 0] if self.frozen else [width * width, width + 1, moved]
         dtypes = (torch.float32, torch.float32, torch.int8)
         self.metric, self.order, self.moves = (
@@ -87,7 +88,7 @@ class QueryStore(GroupStore):
         """Sum over the queries so far, `[batch, heads, head_dim, head_dim]` fp32; only before anything is packed."""
         return self.metric.rows().unflatten(-1, (self.head_dim, -1)).squeeze(2)
 
-    def round_keys(self, keys_BHNGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def compensation(self) -> tuple[Tensor | None, Tensor | None, int]:
         if not self.frozen:
             moment = self.moment()
             if not moment.any():
@@ -97,40 +98,20 @@ class QueryStore(GroupStore):
                 )
             self._freeze(_weighted(moment, self.config))
         order, moves = self.given or self._corrections()
-        order = order.expand(len(keys_BHNGD), -1, -1)
-        by_group = order[:, :, None, None].expand_as(keys_BHNGD)
-        codes, scale, minimum = quantize_groups(
-            keys_BHNGD.gather(-1, by_group), self.key_bits, self._grid("keys"), self.config.block, moves, self.config.fit
-        )
-        back = order.argsort(dim=-1)  # what is stored is in the model's order of channels
-        by_channel = back[:, :, None].expand_as(scale)
-        return (
-            codes.gather(-1, back[:, :, None, None].expand_as(codes)),
-            scale.gather(-1, by_channel),
-            minimum.gather(-1, by_channel),
-        )
+        return (order, moves, self.config.block) if moves.shape[-1] else super().compensation()
 
     def _freeze(self, metric: Tensor) -> None:
         """Put the corrections in the metric's place."""
         order, moves = _computed(metric, self.config)
-        flat = torch.cat([move.flatten(2) for move in moves], dim=-1) if moves else metric.flatten(2)[..., :0].float()
-        unit = flat.abs().amax(dim=-1, keepdim=True) / 127 if moves else flat.new_zeros(*flat.shape[:2], 1)
+        unit = moves.abs().amax(dim=-1, keepdim=True) / 127 if moves.shape[-1] else moves.new_zeros(*moves.shape[:2], 1)
         self.order.append(torch.cat([order.float(), unit], dim=-1).unsqueeze(2))
-        self.moves.append((flat / torch.where(unit > 0, unit, 1)).round().to(torch.int8).unsqueeze(2))
+        self.moves.append((moves / torch.where(unit > 0, unit, 1)).round().to(torch.int8).unsqueeze(2))
         self.metric.data, self.frozen = self.metric.data[..., :0].clone(), True
 
-    def _sizes(self) -> range:
-        """Channels behind each block but the last."""
-        return range(self.head_dim - self.config.block, 0, -self.config.block)
-
     def _corrections(self) -> Corrections:
-        """The order and the corrections as they are stored; none where all are zero."""
-        row, block = self.order.rows()[:, :, 0], self.config.block
-        if not row[..., -1].any():
-            return row[..., :-1].long(), []
-        flat = self.moves.rows()[:, :, 0].float() * row[..., -1:]
-        moves = flat.split([size * block for size in self._sizes()], dim=-1)
-        return row[..., :-1].long(), [move.unflatten(-1, (-1, block)) for move in moves]
+        """The order and the corrections as they are stored."""
+        row = self.order.rows()[:, :, 0]
+        return row[..., :-1].long(), self.moves.rows()[:, :, 0].float() * row[..., -1:]
 
 
 class Layer(kivi.Layer):
@@ -172,7 +153,9 @@ class Layer(kivi.Layer):
 
 def _computed(metric: Tensor, config: Config) -> Corrections:
     order = visiting_order(metric, natural=config.natural_order)
-    return order, corrections(metric, order, config.block, config.cap)
+    moves = corrections(metric, order, config.block, config.cap)
+    none = metric.new_zeros(*metric.shape[:2], 0, dtype=torch.float32)  # one block is all of the head
+    return order, torch.cat([none, *(move.flatten(2) for move in moves)], dim=-1)
 
 
 def _of_given(metric_HDD: Tensor, config: Config, device: torch.device) -> Corrections:

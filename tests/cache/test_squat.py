@@ -14,10 +14,11 @@ from transformers import DynamicCache
 import compress
 from cache_helpers import greedy, prompt, same, states
 from compress.cache import KVCache, kivi, query_moments, read_config, squat
-from compress.cache.compensation import corrections, quantize_groups, visiting_order
+from compress.cache.compensation import corrections, visiting_order
 from compress.cache.from_weights import weight_moments
-from compress.cache.quantizer import Grid
 from compress.errors import CompressError
+from compress.kernels.affine_groups import expand_groups
+from compress.kernels.group_packing import pack_groups
 from helpers import tiny_model
 
 
@@ -122,18 +123,17 @@ def test_less_error_where_queries_look() -> None:
     """On queries that were not in the metric."""
     mix = torch.randn(1, 64, 64) * torch.logspace(0.5, -1.5, 64)[:, None]
     q, later = torch.randn(1, 500, 64) @ mix, torch.randn(1, 500, 64) @ mix
-    keys = states(256, heads=1, batch=1).unflatten(2, (8, 32))
+    keys = states(256, heads=1, batch=1)
     given = q.mT @ q
     given = 10 * given / given.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     order = visiting_order(given)
-    sorted_keys = keys.gather(-1, order[None, :, None, None].expand_as(keys))
     errors = {}
     for block in (64, 32, 8):
-        moves = corrections(given, order, block)
-        codes, scale, minimum = quantize_groups(sorted_keys, 2, Grid(torch.bfloat16), block, moves)
-        error = codes.float() * scale.float().unsqueeze(-2) + minimum.float().unsqueeze(-2) - sorted_keys
-        seen = later.gather(-1, order[:, None].expand_as(later))
-        errors[block] = float((error.flatten(2, 3) @ seen.mT).norm())
+        moves = torch.cat([torch.empty(1, 0), *(move.flatten(1) for move in corrections(given, order, block))], dim=1)
+        packed, affine = pack_groups(keys, 2, 32, 64, torch.bfloat16, None, None, order[None], moves[None], block)
+        read = torch.empty_like(keys)
+        expand_groups(packed, affine, 2, 64, read)
+        errors[block] = float(((read - keys)[0] @ later.mT).norm())
     assert errors[8] < errors[32] < errors[64] and errors[8] < 0.6 * errors[64], errors
 
 
@@ -436,9 +436,8 @@ def test_what_is_stored_corrects_as_what_was_computed() -> None:
     weighted = 10 * given / given.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     order, moves = store._corrections()
     assert torch.equal(order[0], visiting_order(weighted))
-    want = corrections(weighted, order[0], 8)
-    for stored, exact in zip(moves, want, strict=True):
-        assert (stored[0] - exact).abs().max() <= 1.01 * max(float(move.abs().max()) for move in want) / 254
+    want = torch.cat([move.flatten(1) for move in corrections(weighted, order[0], 8)], dim=1)
+    assert (moves[0] - want).abs().max() <= 1.01 * want.abs().max() / 254
     assert sum(rows.nbytes for rows in (store.metric, store.order, store.moves)) == 2 * 2 * (64 * 56 // 2 + 65 * 4)
     shared = streamed(layer(squat, given, window=8, group_size=16), keys, keys, [60])
     assert cache.nbytes - shared.nbytes == 2 * 2 * (64 * 56 // 2 + 65 * 4), "a given metric is not the conversation's"
