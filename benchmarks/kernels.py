@@ -23,11 +23,13 @@ os.environ.pop("TRITON_INTERPRET", None)  # @triton.jit would return functions t
 os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compress.kernels import gpu, gpu_attention
+from compress.kernels import gpu, gpu_attention, gpu_packing
+from compress.kernels.affine_groups import EIGHT_BITS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -46,8 +48,20 @@ POINTERS = {
     "scores": "*fp32",
     "weights": "*fp32",
     "sums": "*fp32",
+    "states": "*bf16",
+    "order": "*i64",
+    "moves": "*fp32",
+    "errors": "*fp32",
+    "codes": "*u8",
 }
 ATTENTION = {"TOKENS": gpu_attention.TOKENS, "QUERIES": 16, "EIGHT_BITS": True, "PRECISION": "tf32x3"}
+# numbers of a group, runs, block, dtype of scales, ranges tried: the defaults of squat, kivi and values; then the largest
+PACKING = [
+    (64, 128, 8, EIGHT_BITS, 5), (32, 4, 0, EIGHT_BITS, 0), (64, 128, 0, EIGHT_BITS, 5), (64, 128, 8, torch.bfloat16, 5),
+    (64, 128, 0, torch.bfloat16, 0), (64, 128, 0, torch.float16, 0), (128, 128, 64, EIGHT_BITS, 5),
+    (8, 128, 64, EIGHT_BITS, 5), (1024, 16, 0, EIGHT_BITS, 5),
+]  # fmt: skip
+OPTIONS = ("num_warps", "enable_fp_fusion")  # of a launch, among its constants
 TILE = {"ROWS": gpu.ROWS, "EIGHTS": gpu.EIGHTS}
 # instructions per weight of the loop on sm_90, as first measured with triton 3.9.0
 BUDGET = {
@@ -82,20 +96,38 @@ def cases(quick: bool) -> list[tuple[str, object, dict]]:
     ]
     parts = {"CHANNELS": gpu_attention.CHANNELS, "PART": gpu_attention.PART}
     found += [(f"group_sums {bits}", gpu_attention.group_sums, {"BITS": bits, **parts, **ATTENTION}) for bits in widths]
+    found += [_packing(bits, *PACKING[0]) for bits in widths]
+    found += [_packing(4, *shape) for shape in (PACKING[1:2] if quick else PACKING[1:])]
     return found + [(f"sparse_decode {bits}", gpu.sparse_decode, {"BITS": bits, **TILE}) for bits in [*widths, 16]]
+
+
+def _packing(
+    bits: int, numbers: int, runs: int, block: int, dtype: torch.dtype, fit: int
+) -> tuple[str, object, dict[str, object]]:
+    constants = gpu_packing.constants(numbers, runs, block, dtype) | {
+        "BITS": bits, "FIT": fit, "UNITS": dtype == EIGHT_BITS, "CENTRE": numbers > 32, "PRECISION": "tf32x3"
+    }  # fmt: skip
+    name = (
+        f"group_pack {bits}: {numbers} numbers, {runs} runs, block {block}, {str(dtype).removeprefix('torch.')}, fit {fit}"
+    )
+    return name, gpu_packing.group_pack, constants
 
 
 def compiled(kernel: object, constants: dict, target: str) -> object:
     if "PRECISION" in constants and target.startswith("gfx"):
         constants = constants | {"PRECISION": "ieee"}
+    options = {"num_warps": gpu.WARPS, **{key: constants[key] for key in OPTIONS if key in constants}}
+    constants = {key: value for key, value in constants.items() if key not in OPTIONS}
     types = dict(POINTERS, values="*bf16" if constants["BITS"] == 16 else "*u8")
     types["affine"] = "*u8" if constants.get("EIGHT_BITS") else "*bf16"
+    if "MANTISSA" in constants:  # of scales that are written as they are stored
+        types["affine"] = "*u8" if constants["UNITS"] else "*i16"
     if constants.get("WORDS"):
         types["packed"] = "*i16" if constants["BITS"] == 2 else "*i32"
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names) if name in types}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": gpu.WARPS})
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def figures(kernel: object) -> dict[str, object]:

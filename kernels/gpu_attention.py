@@ -106,8 +106,8 @@ def scores(
     extra = [out if tensor is None else tensor.float().contiguous() for tensor in (units, centre)]
     group_scores[(rows, batch * heads)](
         query, packed, affine, *extra, out, queries, rows, tokens, width, width // runs, runs, *_strides(packed, affine),
-        EIGHT_BITS=units is not None, CENTRE=centre is not None, BITS=bits, QUERIES=_power(queries, 16),
-        WIDTH=_power(width), TOKENS=TOKENS, PRECISION=_precision(), num_warps=WARPS,
+        EIGHT_BITS=units is not None, CENTRE=centre is not None, BITS=bits, QUERIES=power(queries, 16),
+        WIDTH=power(width), TOKENS=TOKENS, PRECISION=precision(), num_warps=WARPS,
     )  # fmt: skip
     return out
 
@@ -120,13 +120,13 @@ def sums(weights: Tensor, packed: Tensor, affine: Tensor, bits: int, runs: int, 
     group_sums[(parts, batch * heads, triton.cdiv(width, CHANNELS))](
         weights, packed, affine, out if units is None else units.float().contiguous(), out, queries, batch * heads, rows,
         width, width // runs, runs, *_strides(packed, affine),
-        EIGHT_BITS=units is not None, BITS=bits, QUERIES=_power(queries, 16), CHANNELS=CHANNELS, TOKENS=TOKENS, PART=PART,
-        PRECISION=_precision(), num_warps=WARPS,
+        EIGHT_BITS=units is not None, BITS=bits, QUERIES=power(queries, 16), CHANNELS=CHANNELS, TOKENS=TOKENS, PART=PART,
+        PRECISION=precision(), num_warps=WARPS,
     )  # fmt: skip
     return out.sum(dim=0)
 
 
-def _power(size: int, least: int = 1) -> int:
+def power(size: int, least: int = 1) -> int:
     """A power of two that holds `size`; tensor cores take no fewer than 16 queries."""
     return max(least, triton.next_power_of_2(size))
 
@@ -135,6 +135,6 @@ def _strides(packed: Tensor, affine: Tensor) -> list[int]:
     return [stride for tensor in (packed, affine) for stride in (outer_stride(tensor), tensor.stride(2))]
 
 
-def _precision() -> str:
+def precision() -> str:
     """Of matrix products: fp32 to the last bits, by three tf32 products where the hardware has them."""
     return "ieee" if torch.version.hip else "tf32x3"

@@ -11,8 +11,9 @@ rounded by, e_t `[tokens, block]`, moves the channels f behind it, which are not
 
 What is stored is in the model's order of channels again.
 
-The plain-torch form is the op and runs everywhere. Cost: some forty passes over the states, five times that with a search,
-and compensation makes as many launches for every block.
+The plain-torch form is the op and runs everywhere; on a GPU the Triton kernel (`compress.kernels.gpu_packing`) takes a row
+per program. Cost: the reference makes some forty passes over the states, five times that with a search, and compensation
+makes as many launches for every block, which is all the time of a decode step that packs a group. The kernel is one launch.
 
 Legend: B batch, H KV heads, N rows, T tokens of a row, R runs, C channels.
 """
@@ -24,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.kernels import gpu, gpu_packing
 from compress.kernels.affine_groups import EIGHT_BITS
+from compress.kernels.notice import reference_runs
 from compress.kernels.pack import pack, packed_width
 from compress.kernels.rounding import Grid, Rounded, quantize
 
@@ -97,6 +100,21 @@ def _compensated(
 
 
 pack_groups = torch.library.custom_op("compress::pack_groups", pack_groups_reference, mutates_args=())
+
+
+@pack_groups.register_kernel("cuda")
+def pack_groups_cuda(
+    states: Tensor, bits: int, tokens: int, runs: int, dtype: torch.dtype, units: Tensor | None = None,
+    centre: Tensor | None = None, order: Tensor | None = None, moves: Tensor | None = None, block: int = 0, fit: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One launch: a program rounds, compensates and packs a row."""
+    given = (states, bits, tokens, runs, dtype, units, centre, order, moves, block, fit)
+    numbers = tokens * states.shape[3] // runs
+    if not gpu_packing.fits(numbers, order is not None):
+        reference_runs(f"no GPU kernel packs groups of {numbers} numbers" + (", compensated" if block else ""))
+    elif gpu.usable(states):
+        return gpu_packing.packed(*given)
+    return pack_groups_reference(*given)
 
 
 @pack_groups.register_fake

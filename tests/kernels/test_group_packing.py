@@ -1,4 +1,4 @@
-"""Rounded, corrected and packed in one op: the reference against its parts."""
+"""Rounded, corrected and packed in one op: the reference against its parts, and what has no kernel."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from cache_helpers import states
+from compress.cache import read_config
+from compress.kernels import gpu_packing
 from compress.kernels.affine_groups import EIGHT_BITS, expand_groups_reference
-from compress.kernels.group_packing import behind, pack_groups
+from compress.kernels.group_packing import behind, pack_groups, pack_groups_cuda, pack_groups_reference
 from compress.kernels.rounding import Grid, quantize
 
 
@@ -69,3 +71,18 @@ def test_every_block_is_moved_by_the_errors_before_it(shared: bool) -> None:
 )
 def test_it_is_an_op(arguments: tuple) -> None:
     torch.library.opcheck(pack_groups, (torch.randn(2, 2, 32, 16), *arguments))
+
+
+def test_what_has_no_kernel_runs_the_reference_and_says_so() -> None:
+    x, (order, moves) = states(256, head_dim=8), metric(2, 2, 8, 2)
+    given = (x, 2, 256, 8, torch.bfloat16, None, None, order, moves, 2)
+    with pytest.warns(UserWarning, match="groups of 256 numbers, compensated"):
+        found = pack_groups_cuda(*given)
+    assert all(map(torch.equal, found, pack_groups_reference(*given)))
+
+
+def test_the_defaults_have_a_kernel() -> None:
+    for method in ("kivi", "squat"):
+        config = read_config(method, {})
+        assert gpu_packing.fits(config.group_size, method == "squat")
+        assert gpu_packing.fits(config.value_group_size, False)
