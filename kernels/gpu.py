@@ -32,13 +32,13 @@ WARPS = 4
 if triton:
 
     @triton.jit
-    def _code(row, e, used, i: tl.constexpr, BITS: tl.constexpr):
-        """Code i of the eights e of rows: the bytes it lies in, shifted and cut."""
+    def _code(row, at, used, i: tl.constexpr, BITS: tl.constexpr):
+        """Code i of runs that begin at bytes `at` of rows: the bytes it lies in, shifted and cut."""
         first: tl.constexpr = i * BITS // 8
         shift: tl.constexpr = i * BITS % 8
-        code = tl.load(row + e * BITS + first, mask=used, other=0).to(tl.int32) >> shift
+        code = tl.load(row + at + first, mask=used, other=0).to(tl.int32) >> shift
         if shift + BITS > 8:
-            code |= tl.load(row + e * BITS + first + 1, mask=used, other=0).to(tl.int32) << (8 - shift)
+            code |= tl.load(row + at + first + 1, mask=used, other=0).to(tl.int32) << (8 - shift)
         return code & ((1 << BITS) - 1)
 
     @triton.jit
@@ -67,7 +67,7 @@ if triton:
                     if WORDS:
                         code = (word >> ((j if BITS == 8 else 4 * half + j) * BITS)) & ((1 << BITS) - 1)
                     else:
-                        code = _code(row, e[None, :], used, 4 * half + j, BITS)
+                        code = _code(row, e[None, :] * BITS, used, 4 * half + j, BITS)
                     part += code.to(tl.float32) * value[None, :]
                     sums += value
             part -= (1 << (BITS - 1)) * sums[None, :]  # codes are stored with an offset
@@ -92,7 +92,7 @@ if triton:
         factor = tl.load(scale + n[:, None] * groups + ((8 * e) // group_size)[None, :], mask=used, other=0).to(tl.float32)
         for i in tl.static_range(8):
             k = 8 * e + i
-            code = _code(row, e[None, :], used, i, BITS)
+            code = _code(row, e[None, :] * BITS, used, i, BITS)
             value = (code - (1 << (BITS - 1))).to(tl.float32) * factor
             to = out + n.to(tl.int64)[:, None] * out_stride + k[None, :]
             tl.store(to, value.to(out.dtype.element_ty), mask=used & (k < K)[None, :])
@@ -130,7 +130,7 @@ if triton:
             k = 8 * e + i
             token, channel = k // width, k % width
             inside = used & (k < K)[None, :]
-            code = _code(row, e[None, :], used, i, BITS).to(tl.float32)
+            code = _code(row, e[None, :] * BITS, used, i, BITS).to(tl.float32)
             at = pair + (channel // run)[None, :]
             x = code * _affine(at, inside, scale_unit, EIGHT_BITS) + _affine(at + runs, inside, start_unit, EIGHT_BITS)
             if CENTRE:
@@ -191,6 +191,16 @@ if triton:
 def usable(x: Tensor) -> bool:
     """Whether the kernels can take inputs like these."""
     return triton is not None and x.is_cuda and x.dtype != torch.float64
+
+
+def precision() -> str:
+    """Of fp32 matrix products: to the last bits, by three tf32 products where the hardware has them."""
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
+def hopper() -> bool:
+    """Whether tensor cores take a factor from shared memory, which leaves registers for larger tiles."""
+    return torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability()[0] == 9
 
 
 def integer_product(

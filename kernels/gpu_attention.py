@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.kernels.gpu import triton
+from compress.kernels.gpu import precision, triton
 from compress.kernels.layout import outer_stride, tokens_of_row
 
 TOKENS = 32  # cut out at a time
@@ -133,8 +133,3 @@ def power(size: int, least: int = 1) -> int:
 
 def _strides(packed: Tensor, affine: Tensor) -> list[int]:
     return [stride for tensor in (packed, affine) for stride in (outer_stride(tensor), tensor.stride(2))]
-
-
-def precision() -> str:
-    """Of matrix products: fp32 to the last bits, by three tf32 products where the hardware has them."""
-    return "ieee" if torch.version.hip else "tf32x3"
