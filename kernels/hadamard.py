@@ -30,6 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.kernels import gpu, gpu_hadamard
+from compress.kernels.notice import reference_runs
+
 _LARGEST_BASE = 1024  # past it the dense product with H_m is no longer a small part of the cost
 
 
@@ -64,8 +67,7 @@ def block_order(width: int) -> int:
     return next(n for n in range(width, 0, -1) if width % n == 0 and 0 < _base_order(n) <= _LARGEST_BASE)
 
 
-@torch.library.custom_op("compress::hadamard", mutates_args=())
-def hadamard(x: Tensor, block: int = 0) -> Tensor:
+def hadamard_reference(x: Tensor, block: int = 0) -> Tensor:
     """x blockdiag(H) / sqrt(block) for x `[..., I]`: orthonormal and its own inverse. Block 0 means `block_order(I)`.
 
     fp64 is computed in fp64, everything else in fp32 with one cast at the end.
@@ -97,6 +99,29 @@ def hadamard(x: Tensor, block: int = 0) -> Tensor:
     return y.reshape(x.shape).to(x.dtype)
 
 
+hadamard = torch.library.custom_op("compress::hadamard", hadamard_reference, mutates_args=())
+
+
+@hadamard.register_kernel("cuda")
+def hadamard_cuda(x: Tensor, block: int = 0) -> Tensor:
+    """Two products in a Triton kernel."""
+    known = gpu.usable(x) and gpu_base(x, x.shape[-1], block)
+    return gpu_hadamard.transformed(x, *known) if known else hadamard_reference(x, block)
+
+
+def gpu_base(x: Tensor, width: int, block: int = 0) -> tuple[Tensor, gpu_hadamard.Shape, int] | None:
+    """What the Triton kernel is told of rows like those of x with this width: base, shape and the block's order."""
+    block = block or block_order(width)
+    m = _base_order(block)
+    if not m or width % block or not x.is_floating_point():
+        return None  # the reference says what is wrong
+    shape = gpu_hadamard.shape_of(width, block // m, x.dtype, gpu.hopper())
+    if shape is None:
+        reference_runs(f"no GPU kernel transforms {width} inputs in Hadamard blocks of {block}")
+        return None
+    return _gpu_matrix(block // shape.columns, width // block, x.device), shape, block
+
+
 @hadamard.register_fake
 def _(x: Tensor, block: int = 0) -> Tensor:
     return x.new_empty(x.shape)
@@ -117,6 +142,12 @@ hadamard.register_autograd(_backward, setup_context=_keep_block)
 def _base_matrix(m: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """H_m for the op, which never sees fake tensors: what is remembered here is always real."""
     return hadamard_matrix(m).to(device, dtype)
+
+
+@cache
+def _gpu_matrix(order: int, blocks: int, device: torch.device) -> Tensor:
+    """H of the order once per block, int8 on the device."""
+    return torch.kron(torch.eye(blocks, dtype=torch.int8), hadamard_matrix(order)).to(device)
 
 
 @cache
