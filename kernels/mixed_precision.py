@@ -10,7 +10,8 @@ Layout, for I = L + H inputs, N output neurons, groups of `group_size` columns (
 With `activation_bits` 16 the weight is multiplied out and used as it is. With 4 or 8 the inputs are rounded on the fly:
 per token, per part and per one of `activation_groups` equal slices of the part, asymmetric, the range forced to hold 0 and,
 in parts of fewer than 8 bits, cut at `clip` times the root mean square of the slice (0: never); the high part gets
-`high_bits`, but never fewer than the low one, and is not cut. Then codes meet codes:
+`high_bits`, but never fewer than the low one, and is not cut. With `rotate` the low part of the inputs goes through the
+Hadamard transform first (`compress.kernels.hadamard`). Then codes meet codes:
 
     y[t, n] = sum over segments g of s_x[t,g] s_w[n,g] ( sum_k q_x[t,k] q_w[n,k] - z[t,g] rho[n,g] )
 
@@ -30,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.kernels import cpu, gpu
+from compress.kernels import cpu, gpu, gpu_hadamard, gpu_rounded, gpu_rounding
+from compress.kernels.hadamard import gpu_base, hadamard
 from compress.kernels.notice import reference_runs
 from compress.kernels.pack import unpack_signed
 
@@ -75,8 +77,14 @@ def segments(width: int, group_size: int, activation_groups: int) -> list[tuple[
     return [(a, b, a // step, a // slice_width) for a, b in pairwise(cuts)]
 
 
+def rotated(x: Tensor, high_features: int) -> Tensor:
+    """`[..., I]` with the low part transformed; its own inverse."""
+    low, high = x.split([x.shape[-1] - high_features, high_features], dim=-1)
+    return torch.cat([hadamard(low), high], dim=-1) if high_features else hadamard(low)
+
+
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """The low or the high columns of a weight, `start` to `stop`, and how the inputs they meet are rounded."""
 
     packed: Tensor
@@ -90,12 +98,12 @@ class _Part:
 
 def _parts(
     width: int, low: Tensor, low_scale: Tensor, high: Tensor | None, high_scale: Tensor | None, bits: int, high_bits: int,
-    high_features: int, group_size: int, activation_bits: int, activation_groups: int, clip: float,
-) -> list[_Part]:  # fmt: skip
+    high_features: int, group_size: int, activation_bits: int, activation_groups: int, clip: float, rotate: bool,
+) -> list[Part]:  # fmt: skip
     low_width = width - high_features
-    parts = [_Part(low, low_scale, bits, 0, low_width, activation_bits, clip if activation_bits < 8 else 0.0)]
+    parts = [Part(low, low_scale, bits, 0, low_width, activation_bits, clip if activation_bits < 8 else 0.0)]
     if high is not None:
-        parts.append(_Part(high, high_scale, high_bits, low_width, width, max(high_bits, activation_bits), 0.0))
+        parts.append(Part(high, high_scale, high_bits, low_width, width, max(high_bits, activation_bits), 0.0))
     return parts
 
 
@@ -108,7 +116,7 @@ def _exact_product(x_TK: Tensor, w_NK: Tensor, largest: int) -> Tensor:
     return total
 
 
-def _integer_part(x_TK: Tensor, part: _Part, group_size: int, activation_groups: int) -> Tensor:
+def _integer_part(x_TK: Tensor, part: Part, group_size: int, activation_groups: int) -> Tensor:
     width = x_TK.shape[1]
     codes, scale, zero = rounded_activation(x_TK, part.seen_bits, activation_groups, part.clip)
     middle = 1 << (part.seen_bits - 1)  # centred, both factors are small and their products exact for longer
@@ -135,12 +143,15 @@ def mixed_precision_reference(
     activation_bits: int,
     activation_groups: int,
     clip: float,
+    rotate: bool,
 ) -> Tensor:
     """`[..., I]` to `[..., N]` in the dtype of x; arguments as in the layout above."""
     parts = _parts(
         x.shape[-1], low, low_scale, high, high_scale, bits, high_bits, high_features, group_size, activation_bits,
-        activation_groups, clip,
+        activation_groups, clip, rotate,
     )  # fmt: skip
+    if rotate:
+        x = rotated(x, high_features)
     x_TI = x.reshape(-1, x.shape[-1])
     if activation_bits == 16:
         weights = [dequantize_part(p.packed, p.scale, p.bits, p.stop - p.start, group_size) for p in parts]
@@ -155,13 +166,15 @@ mixed_precision = torch.library.custom_op("compress::mixed_precision", mixed_pre
 @mixed_precision.register_kernel("cpu")
 def mixed_precision_cpu(x: Tensor, *stored: Any) -> Tensor:
     """Few tokens: codes against codes, without a weight. Many: the weight multiplied out by blocks of rows, in fp32."""
-    *_, group_size, activation_bits, groups, _ = stored
+    *_, high_features, group_size, activation_bits, groups, _, rotate = stored
     rounds, parts = activation_bits < 16, _parts(x.shape[-1], *stored)
     ways = [_segment(part.stop - part.start, group_size, groups if rounds else 1) for part in parts]
     if not all(ways):
         reference_runs(f"no CPU kernel walks groups of {group_size} in {groups} slices")
     if not all(ways) or not cpu.usable(x) or parts[0].scale.dtype != torch.bfloat16:
         return mixed_precision_reference(x, *stored)
+    if rotate:
+        x = rotated(x, high_features)
     x_TI, y = x.reshape(-1, x.shape[-1]).float(), None
     inputs = [x_TI[:, part.start : part.stop] for part in parts]
     if len(x_TI) > cpu.MOST_TOKENS:
@@ -186,32 +199,49 @@ def mixed_precision_cpu(x: Tensor, *stored: Any) -> Tensor:
 
 @mixed_precision.register_kernel("cuda")
 def mixed_precision_cuda(x: Tensor, *stored: Any) -> Tensor:
-    """Few tokens: the Triton kernel on packed codes. Many: the weight expanded once, cuBLAS; inputs that are rounded take
-    the exact reference then."""
-    *_, group_size, activation_bits, groups, _ = stored
+    """Rounded inputs: int8 tensor cores. Others: the packed codes if there are few, the weight expanded once if many."""
+    *_, high_features, group_size, activation_bits, groups, _, rotate = stored
     rounds, parts = activation_bits < 16, _parts(x.shape[-1], *stored)
-    x_TI = x.reshape(-1, x.shape[-1])
-    few, whole = len(x_TI) <= gpu.MOST_TOKENS, group_size % 8 == 0
+    ways = [_segment(part.stop - part.start, group_size, groups) for part in parts]
+    whole = all(ways) if rounds else group_size % 8 == 0
     if not whole:
-        reference_runs(f"no GPU kernel walks groups of {group_size}; multiples of 8 have one")
-    if not whole or not gpu.usable(x) or (rounds and not few):
+        reference_runs(f"no GPU kernel walks groups of {group_size} in {groups} slices; multiples of 8 have one")
+    if not whole or not gpu.usable(x):
         return mixed_precision_reference(x, *stored)
-    if not few:
+    if rounds:
+        y = gpu_rounded.product(_gpu_codes(x, parts, groups, rotate), parts, group_size, ways, x.dtype)
+        return y.view(*x.shape[:-1], -1)
+    x_TI = (rotated(x, high_features) if rotate else x).reshape(-1, x.shape[-1])
+    if len(x_TI) > gpu.MOST_TOKENS:
         weight = torch.empty(len(parts[0].packed), x.shape[-1], dtype=x.dtype, device=x.device)
         for part in parts:
             gpu.expanded(part.packed, part.scale, part.bits, group_size, weight[:, part.start : part.stop])
         return (x_TI @ weight.T).view(*x.shape[:-1], -1)
     y = None
     for part in parts:
-        seen = x_TI[:, part.start : part.stop]
-        if rounds:
-            seen = round_activation(seen, part.seen_bits, groups, part.clip)
-        y = gpu.integer_product(seen, part.packed, part.scale, part.bits, group_size, add_to=y)
+        y = gpu.integer_product(x_TI[:, part.start : part.stop], part.packed, part.scale, part.bits, group_size, add_to=y)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
+def _gpu_codes(x: Tensor, parts: list[Part], groups: int, rotate: bool) -> list[gpu_rounding.Codes]:
+    """The rounded inputs of every part; transformed in the same pass where a program can hold the low part of a token."""
+    x_TI, width = x.reshape(-1, x.shape[-1]).contiguous(), parts[0].stop
+    known = gpu_base(x, width) if rotate else None
+    fused = known and known[1].whole and groups == 1
+    if rotate and not fused:
+        x_TI = rotated(x_TI, x.shape[-1] - width)
+    codes = []
+    for part in parts:
+        seen, how = x_TI[:, part.start : part.stop], (part.bits, part.seen_bits, part.clip)
+        if fused and part.start == 0:
+            codes.append(gpu_hadamard.rounded(seen, *known, *how))
+        else:
+            codes.append(gpu_rounding.rounded(seen, groups, *how))
+    return codes
+
+
 def _segment(width: int, group_size: int, slices: int) -> int:
-    """Columns that share all scales, as the CPU kernel walks them; 0 where it cannot."""
+    """Columns that share all scales, as kernels walk them; 0 where they cannot."""
     step, of_slice = group_size or width, width // slices
     segment = step if slices == 1 else of_slice
     fits = slices == 1 or step % of_slice == 0

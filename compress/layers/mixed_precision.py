@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from compress.kernels.cpu import direct
-from compress.kernels.hadamard import hadamard
 from compress.kernels.mixed_precision import (
     dequantize_part,
     mixed_precision,
     mixed_precision_cpu,
+    rotated,
     round_activation,
 )
 from compress.kernels.pack import holds_more, pack_signed, packed_width
@@ -70,7 +70,7 @@ class Layer(CompressedLinear):
         spec = self.spec
         run = mixed_precision_cpu if direct(x) else mixed_precision
         y = run(
-            to_storage(spec, x),
+            _gather(spec, x),
             self.low,
             self.low_scale,
             getattr(self, "high", None),
@@ -82,6 +82,7 @@ class Layer(CompressedLinear):
             spec["activation_bits"],
             spec["activation_groups"],
             spec["clip"],
+            spec["hadamard"],
         )
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -148,20 +149,14 @@ def packed_tensors(spec: Spec, codes_NI: Tensor, scales_NG: Tensor) -> dict[str,
 
 def to_storage(spec: Spec, x: Tensor) -> Tensor:
     """`[..., I]` from the model's input coordinates to those of the stored weight; weights transform as inputs do."""
-    if spec["heads"]:
-        x = x[..., _gathered(spec).to(x.device)]
-    if not spec["hadamard"]:
-        return x
-    low, high = x.split([x.shape[-1] - spec["high_features"], spec["high_features"]], dim=-1)
-    rotated = hadamard(low)
-    return torch.cat([rotated, high], dim=-1) if spec["high_features"] else rotated
+    x = _gather(spec, x)
+    return rotated(x, spec["high_features"]) if spec["hadamard"] else x
 
 
 def from_storage(spec: Spec, x: Tensor) -> Tensor:
     """The inverse of `to_storage`."""
     if spec["hadamard"]:
-        low, high = x.split([x.shape[-1] - spec["high_features"], spec["high_features"]], dim=-1)
-        x = torch.cat([hadamard(low), high], dim=-1)  # symmetric: its own inverse
+        x = rotated(x, spec["high_features"])
     if spec["heads"]:
         x = x[..., _gathered(spec).argsort().to(x.device)]
     return x
@@ -170,6 +165,10 @@ def from_storage(spec: Spec, x: Tensor) -> Tensor:
 def stored_gram(spec: Spec, gram_II: Tensor) -> Tensor:
     """A Gram matrix of the inputs in the coordinates of the stored weight."""
     return to_storage(spec, to_storage(spec, gram_II).T).T
+
+
+def _gather(spec: Spec, x: Tensor) -> Tensor:
+    return x[..., _gathered(spec).to(x.device)] if spec["heads"] else x
 
 
 def _gathered(spec: Spec) -> Tensor:

@@ -106,7 +106,7 @@ def test_mixed_precision(activation_bits: int, tokens: int, dtype: torch.dtype) 
     (low, low_scale), (high, high_scale) = packed_case(40, 96, 4, 32), packed_case(40, 24, 6, 0)
     high_scale = high_scale[:, :1]
     x = torch.randn(2, tokens, 120).to(dtype)[:1]
-    arguments = (low, low_scale, high, high_scale, 4, 6, 24, 32, activation_bits, 1, 0.0)
+    arguments = (low, low_scale, high, high_scale, 4, 6, 24, 32, activation_bits, 1, 0.0, False)
     want, got = mixed_precision_reference(x, *arguments), mixed_precision(x, *arguments)
     assert got.dtype == dtype and got.shape == want.shape
     assert relative(got, want) < (1e-4 if dtype == torch.float32 else 1e-2)
@@ -144,7 +144,7 @@ def test_without_a_compiler_the_reference_runs_and_says_so_once(monkeypatch: pyt
     cpu.compiled.cache_clear()
     monkeypatch.setattr(shutil, "which", lambda name: None)
     low, low_scale = packed_case(8, 32, 4, 0)
-    arguments = (low, low_scale, None, None, 4, 8, 0, 0, 16, 1, 0.0)
+    arguments = (low, low_scale, None, None, 4, 8, 0, 0, 16, 1, 0.0, False)
     x = torch.randn(2, 32)
     try:
         with pytest.warns(UserWarning, match="no C\\+\\+ compiler was found"):

@@ -126,7 +126,7 @@ def test_codes_beyond_the_last_column_are_refused() -> None:
 def test_op_contract() -> None:
     layer = filled(CASES["resq stream"])
     x = torch.randn(3, 2, 96)
-    arguments = (x, layer.low, layer.low_scale, layer.high, layer.high_scale, 4, 8, 32, 0, 4, 1, 1.0)
+    arguments = (x, layer.low, layer.low_scale, layer.high, layer.high_scale, 4, 8, 32, 0, 4, 1, 1.0, True)
     torch.library.opcheck(mixed_precision, arguments)
     assert mixed_precision(*arguments).shape == (3, 2, 40)
 
