@@ -3,9 +3,10 @@
     python -P benchmarks/kernels.py             # what `make kernels` runs: sm_80, sm_90, gfx942
     python -P benchmarks/kernels.py --quick     # one width per kernel for sm_90: part of `make test`
 
-One JSON line per kernel, width and target: registers, spills, shared memory, and the instructions that the main loop issues
-for each weight it handles. A spill, more registers than let two blocks share a processor, or a loop that has grown past its
-budget by a tenth ends with status 1. Nothing is run: these are static counts, no times.
+One JSON line per kernel, width and target: registers, spills, shared memory, matrix instructions, and the instructions that
+the main loop issues for each weight it handles. A spill, more registers than let two blocks share a processor, codes that do
+not meet integer tensor cores, or a loop that has grown past its budget by a tenth ends with status 1. Nothing is run: these
+are static counts, no times.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # @triton.jit would return functions that cannot be compiled
@@ -28,8 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compress.kernels import gpu, gpu_attention, gpu_packing
-from compress.kernels.affine_groups import EIGHT_BITS
+from compress.kernels import gpu, gpu_attention, gpu_hadamard, gpu_rounded, gpu_rounding
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -48,20 +49,24 @@ POINTERS = {
     "scores": "*fp32",
     "weights": "*fp32",
     "sums": "*fp32",
-    "states": "*bf16",
-    "order": "*i64",
-    "moves": "*fp32",
-    "errors": "*fp32",
-    "codes": "*u8",
 }
+# where a name stands for something else
+TYPES = {
+    "round_slices": {"codes": "*i8", "scale": "*fp32", "zero": "*i32", "count": "fp32", "top": "fp32", "clip": "fp32"},
+    "transform": {
+        "base": "*i8", "scale": "*fp32", "zero": "*i32", "factor": "fp32", "count": "fp32", "top": "fp32", "clip": "fp32",
+    },
+    "rounded_product": {
+        "y": "*bf16",
+        **{f"{part}{name}": kind for part in ("low", "high") for name, kind in (
+            ("", "*u8"), ("_scale", "*bf16"), ("_codes", "*i8"), ("_x_scale", "*fp32"), ("_x_zero", "*i32"),
+        )},
+    },
+}  # fmt: skip
+# multiples of 16, which a launch finds out by itself
+ALIGNED = {"transform": ("x_stride", "y_stride", "plane"), "rounded_product": ("low_bytes", "high_bytes")}
+INTEGER = re.compile(r"IG?MMA|v_mfma_i32")
 ATTENTION = {"TOKENS": gpu_attention.TOKENS, "QUERIES": 16, "EIGHT_BITS": True, "PRECISION": "tf32x3"}
-# numbers of a group, runs, block, dtype of scales, ranges tried: the defaults of squat, kivi and values; then the largest
-PACKING = [
-    (64, 128, 8, EIGHT_BITS, 5), (32, 4, 0, EIGHT_BITS, 0), (64, 128, 0, EIGHT_BITS, 5), (64, 128, 8, torch.bfloat16, 5),
-    (64, 128, 0, torch.bfloat16, 0), (64, 128, 0, torch.float16, 0), (128, 128, 64, EIGHT_BITS, 5),
-    (8, 128, 64, EIGHT_BITS, 5), (1024, 16, 0, EIGHT_BITS, 5),
-]  # fmt: skip
-OPTIONS = ("num_warps", "enable_fp_fusion")  # of a launch, among its constants
 TILE = {"ROWS": gpu.ROWS, "EIGHTS": gpu.EIGHTS}
 # instructions per weight of the loop on sm_90, as first measured with triton 3.9.0
 BUDGET = {
@@ -69,11 +74,52 @@ BUDGET = {
     "integer_decode 6": 13.6, "integer_decode 7": 16.7, "integer_decode 8": 8.3, "sparse_decode 2": 39.5,
     "sparse_decode 3": 42.9, "sparse_decode 4": 39.5, "sparse_decode 5": 42.9, "sparse_decode 6": 42.9,
     "sparse_decode 7": 42.9, "sparse_decode 8": 32.3, "sparse_decode 16": 24.8,
+    "rounded_product 4 tokens 16": 5.0, "rounded_product 4 tokens 128": 5.8, "rounded_product 6 tokens 16": 13.3,
+    "rounded_product 6 tokens 128": 14.6, "rounded_product 8 tokens 16": 3.1, "rounded_product 8 tokens 128": 4.2,
 }  # fmt: skip
 
 
-def cases(quick: bool) -> list[tuple[str, object, dict]]:
-    """Name, kernel and compile-time constants of what is shipped."""
+def cases(quick: bool, target: str) -> list[tuple[str, object, dict, int]]:
+    """Name, kernel, compile-time constants and warps of what is shipped."""
+    packed = [(*case, gpu.WARPS) for case in packed_cases(quick)]
+    return packed + rounded_cases(quick, target == "sm_90") + hadamard_cases(quick, target == "sm_90")
+
+
+def rounded_cases(quick: bool, hopper: bool) -> list[tuple[str, object, dict, int]]:
+    """Rounding, and products of one part and of two, of 3584 and 512 columns with one scale each."""
+    found = []
+    for bits, centred in [(4, False)] if quick else [(4, False), (6, False), (8, True)]:
+        constants = {"CENTRED": centred, "PLANES": gpu_rounding.planes(bits), "BLOCK": gpu_rounding.BLOCK}
+        found.append((f"round_slices {bits}", gpu_rounding.round_slices, constants, gpu_rounding.WARPS))
+    for stored in [(4, 8)] if quick else [(4,), (6,), (8,), (4, 8), (4, 6), (8, 8), (3, 5), (2, 7)]:
+        parts = [
+            (bits, bits == 8, 16, columns // gpu_rounding.planes(bits))
+            for bits, columns in zip(stored, (3584, 512), strict=False)
+        ]
+        for tile in sorted({gpu_rounded.tile(tokens, stored, hopper) for tokens in (16, 256)}):
+            name = f"rounded_product {'+'.join(map(str, stored))} tokens {tile.tokens}"
+            found.append((name, gpu_rounded.rounded_product, gpu_rounded.constants(tile, parts), tile.warps))
+    return found
+
+
+def hadamard_cases(quick: bool, hopper: bool) -> list[tuple[str, object, dict, int]]:
+    """The widths of down_proj, with the rounding behind it and without."""
+    found = []
+    for width, sylvester in (
+        [(14336, 512)] if quick else [(1536, 128), (8192, 8192), (11008, 32), (14336, 512), (18944, 128)]
+    ):
+        shape = gpu_hadamard.shape_of(width, sylvester, torch.bfloat16, hopper)
+        for rounds in [True] * shape.whole + [False] * (not quick):
+            constants = {
+                "ROUND": rounds, "CENTRED": False, "PLANES": 2, "ROWS": shape.taken, "COLUMNS": shape.columns,
+                "CHUNK": gpu_hadamard.CHUNK, "PRECISION": "tf32x3",
+            }  # fmt: skip
+            name = f"transform {width}{' rounded' * rounds}"
+            found.append((name, gpu_hadamard.transform, constants, gpu_hadamard.warps(shape)))
+    return found
+
+
+def packed_cases(quick: bool) -> list[tuple[str, object, dict]]:
     widths = [4] if quick else [2, 3, 4, 5, 6, 7, 8]
     found = [
         (f"integer_decode {bits}", gpu.integer_decode, {"ADD": False, "BITS": bits, "WORDS": bits in gpu.WORD, **TILE})
@@ -96,46 +142,38 @@ def cases(quick: bool) -> list[tuple[str, object, dict]]:
     ]
     parts = {"CHANNELS": gpu_attention.CHANNELS, "PART": gpu_attention.PART}
     found += [(f"group_sums {bits}", gpu_attention.group_sums, {"BITS": bits, **parts, **ATTENTION}) for bits in widths]
-    found += [_packing(bits, *PACKING[0]) for bits in widths]
-    found += [_packing(4, *shape) for shape in (PACKING[1:2] if quick else PACKING[1:])]
     return found + [(f"sparse_decode {bits}", gpu.sparse_decode, {"BITS": bits, **TILE}) for bits in [*widths, 16]]
 
 
-def _packing(
-    bits: int, numbers: int, runs: int, block: int, dtype: torch.dtype, fit: int
-) -> tuple[str, object, dict[str, object]]:
-    constants = gpu_packing.constants(numbers, runs, block, dtype) | {
-        "BITS": bits, "FIT": fit, "UNITS": dtype == EIGHT_BITS, "CENTRE": numbers > 32, "PRECISION": "tf32x3"
-    }  # fmt: skip
-    name = (
-        f"group_pack {bits}: {numbers} numbers, {runs} runs, block {block}, {str(dtype).removeprefix('torch.')}, fit {fit}"
-    )
-    return name, gpu_packing.group_pack, constants
-
-
-def compiled(kernel: object, constants: dict, target: str) -> object:
+def compiled(kernel: object, constants: dict, warps: int, target: str) -> object:
     if "PRECISION" in constants and target.startswith("gfx"):
         constants = constants | {"PRECISION": "ieee"}
-    options = {"num_warps": gpu.WARPS, **{key: constants[key] for key in OPTIONS if key in constants}}
-    constants = {key: value for key, value in constants.items() if key not in OPTIONS}
-    types = dict(POINTERS, values="*bf16" if constants["BITS"] == 16 else "*u8")
+    types = POINTERS | TYPES.get(kernel.fn.__name__, {})
+    types["values"] = "*bf16" if constants.get("BITS") == 16 else "*u8"
     types["affine"] = "*u8" if constants.get("EIGHT_BITS") else "*bf16"
-    if "MANTISSA" in constants:  # of scales that are written as they are stored
-        types["affine"] = "*u8" if constants["UNITS"] else "*i16"
     if constants.get("WORDS"):
         types["packed"] = "*i16" if constants["BITS"] == 2 else "*i32"
+    if kernel is gpu_hadamard.transform:
+        types["y"] = "*i8" if constants["ROUND"] else "*bf16"
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names) if name in types}
+    multiples = ALIGNED.get(kernel.fn.__name__, ())
+    aligned = {
+        (at,): [["tt.divisibility", 16]]
+        for at, name in enumerate(kernel.arg_names)
+        if name in multiples or types.get(name, "").startswith("*")
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=TARGETS[target], options=options)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
 
 
 def figures(kernel: object) -> dict[str, object]:
-    """Registers, spills, shared memory and the longest innermost loop."""
+    """Registers, spills, shared memory, matrix instructions and the longest innermost loop."""
     if "hsaco" in kernel.asm:
         text = kernel.asm["amdgcn"]
         count = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
-        return {"registers": count["vgpr_count"], "spills": count["vgpr_spill_count"], "shared": kernel.metadata.shared}
+        matrix = Counter(re.findall(r"\bv_mfma_[a-z0-9]+", text))
+        spills = count["vgpr_spill_count"]
+        return {"registers": count["vgpr_count"], "spills": spills, "shared": kernel.metadata.shared, "matrix": matrix}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -145,11 +183,13 @@ def figures(kernel: object) -> dict[str, object]:
         )
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    return {"registers": registers, "spills": spills, "shared": kernel.metadata.shared, "loop": _longest_loop(code)}
+    matrix = Counter(re.findall(r"\b[HI]G?MMA\b", code))
+    loop = _longest_loop(code)
+    return {"registers": registers, "spills": spills, "shared": kernel.metadata.shared, "matrix": matrix, "loop": loop}
 
 
 def _longest_loop(code: str) -> int:
-    """Instructions of the longest stretch that a branch jumps back over."""
+    """Instructions of the longest stretch that a branch jumps back over and that holds no other."""
     labels: dict[str, int] = {}
     jumps, count = [], 0
     for line in code.splitlines():
@@ -160,8 +200,9 @@ def _longest_loop(code: str) -> int:
             count += 1
             back = re.search(r"BRA.*?(\.L_x_\d+)", line)
             if back and back[1] in labels:
-                jumps.append(count - labels[back[1]])
-    return max(jumps, default=0)
+                jumps.append((labels[back[1]], count))
+    inner = [(a, b) for a, b in jumps if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in jumps)]
+    return max((b - a for a, b in inner), default=0)
 
 
 def main() -> int:
@@ -170,13 +211,17 @@ def main() -> int:
     quick = parser.parse_args().quick
     failed = 0
     for target in ("sm_90",) if quick else TARGETS:
-        for name, kernel, constants in cases(quick):
-            line = {"kernel": name, "target": target, **figures(compiled(kernel, constants, target))}
+        for name, kernel, constants, warps in cases(quick, target):
+            line = {"kernel": name, "target": target, **figures(compiled(kernel, constants, warps, target))}
             loop = line.pop("loop", 0)
-            if loop and "decode" in name:
-                line["instructions_per_weight"] = round(loop * 32 * gpu.WARPS / (gpu.ROWS * gpu.EIGHTS * 8), 2)
+            weights = gpu.ROWS * gpu.EIGHTS * 8
+            if kernel is gpu_rounded.rounded_product:
+                weights = constants["ROWS"] * constants["LOW_RUNS"] * constants["LOW_PLANES"]
+            if loop and ("decode" in name or constants.get("HIGH") == 0):
+                line["instructions_per_weight"] = round(loop * 32 * warps / weights, 2)
             limit = 1.1 * BUDGET.get(name, float("inf"))
             good = line["spills"] == 0 and line["registers"] <= 256
+            good &= kernel is not gpu_rounded.rounded_product or any(map(INTEGER.match, line["matrix"]))
             good &= target != "sm_90" or line.get("instructions_per_weight", 0) <= limit
             failed += not good
             print(json.dumps(line | ({} if good else {"failed": True})), flush=True)

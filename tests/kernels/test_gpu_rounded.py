@@ -1,0 +1,58 @@
+"""Rounded inputs on a GPU: Hadamard transform, codes and integer products, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from compress.kernels import notice
+from compress.kernels.gpu_hadamard import SLAB, shape_of
+from compress.kernels.gpu_rounded import FEW, MANY, MORE, SOME, tile
+from compress.kernels.hadamard import gpu_base
+
+
+def test_numbers_in_the_interpreter() -> None:
+    script = Path(__file__).with_name("interpreted_rounded.py")
+    done = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors = json.loads(done.stdout)
+    assert len(errors) > 90
+    worst = max(errors, key=errors.get)
+    assert errors[worst] < 1e-6, f"{worst}: {errors[worst]}"  # measured: 1.4e-7, fp32 sums in another order
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("width", "sylvester"), [(576, 16), (8192, 8192), (11008, 32), (14336, 512), (29568, 32), (53248, 1024)]
+)
+def test_tiles_hold_a_row_or_cut_it(width: int, sylvester: int, dtype: torch.dtype, hopper: bool) -> None:
+    rows, columns, taken = shape = shape_of(width, sylvester, dtype, hopper)
+    assert rows * columns == width and sylvester % columns == 0
+    assert taken * columns <= (2 * SLAB if dtype == torch.bfloat16 else SLAB)
+    assert shape.whole == (width < SLAB or (width == SLAB) or (dtype == torch.bfloat16 and width <= 2 * SLAB))
+
+
+def test_what_no_tile_holds_is_said_once() -> None:
+    notice.reference_runs.cache_clear()
+    x = torch.ones(1, 48)
+    with pytest.warns(UserWarning, match="no GPU kernel transforms 48 inputs in Hadamard blocks of 48"):
+        assert gpu_base(x, 48) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert gpu_base(x, 48) is None
+        assert gpu_base(x, 12, 8) is None  # the reference raises
+
+
+def test_tiles_follow_the_tokens() -> None:
+    found = [tile(tokens, [4, 6], hopper=True) for tokens in (1, 16, 17, 32, 33, 64, 65)]
+    assert found == [FEW, FEW, SOME, SOME, MORE, MORE, MANY]
+    assert tile(1000, [4, 8], hopper=False) == MORE and tile(1000, [4, 6], hopper=False) == SOME
+    assert tile(1000, [4, 5], hopper=True) == FEW
