@@ -8,7 +8,8 @@ product, with sixteen columns of ones. Both parts add to the same fp32 sums, whi
 
 int4 tensor cores are not used: Hopper has none, and emulates them by int8 ones (sm_80 has).
 Cost: T N I multiply-adds of int8, and about five instructions to cut a code of 4 bits out, shared by `TOKENS` tokens. One
-token is a tile that is nearly empty, and the kernel is then bound by cutting codes out.
+token is a tile that is nearly empty, and the kernel is then bound by cutting codes out. Programs do not share the columns of
+a row, so a matrix of few rows does not fill a large GPU while decoding.
 
 Legend: M tokens, N output neurons, runs: columns whose codes fill whole bytes; code i of every run is plane i.
 """
@@ -70,10 +71,10 @@ if triton:
                 for i in tl.static_range(PLANES):
                     at = e[None, :] * (PLANES * BITS // 8)
                     code = _code(row, at, here[:, None] & inside[None, :], i, BITS)
-                    weight = (code - (1 << (BITS - 1))).to(tl.int8)  # [ROWS, RUNS]
-                    x = tl.load(
-                        seen + i * plane + e[:, None], mask=inside[:, None] & there[None, :], other=0
-                    )  # [RUNS, TOKENS]
+                    # [ROWS, RUNS]
+                    weight = (code - (1 << (BITS - 1))).to(tl.int8)
+                    # [RUNS, TOKENS]
+                    x = tl.load(seen + i * plane + e[:, None], mask=inside[:, None] & there[None, :], other=0)
                     product = tl.dot(weight, x, product, out_dtype=tl.int32)
                     if CENTRED:
                         ones = tl.broadcast_to(inside.to(tl.int8)[:, None], (RUNS, 16))

@@ -34,7 +34,7 @@ if triton:
 
     @triton.jit
     def _nearest(x):
-        """Halves to even, |x| < 2^22: above 2^23 fp32 has no fractions left."""
+        """Halves to even: above 2^23 fp32 has no fractions left. Past 2^22 it is inexact, and far from any code."""
         return (x + 12582912.0) - 12582912.0
 
     @triton.jit
@@ -49,9 +49,8 @@ if triton:
 
     @triton.jit
     def stored_codes(x, scale, zero, top, CENTRED: tl.constexpr):
-        """int8; inputs far outside of the range are brought near it first, where `_nearest` holds."""
-        x = tl.minimum(tl.maximum(tl.div_rn(x, scale), -512.0), 512.0)
-        code = tl.minimum(tl.maximum(_nearest(x) + zero, 0.0), top)
+        """int8, as the head of this file says."""
+        code = tl.minimum(tl.maximum(_nearest(tl.div_rn(x, scale)) + zero, 0.0), top)
         return (code - (128.0 if CENTRED else zero)).to(tl.int8)
 
     @triton.jit

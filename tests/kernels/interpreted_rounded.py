@@ -85,7 +85,7 @@ def inputs(tokens: int, width: int) -> torch.Tensor:
 for width, slices, tokens in ((13, 1, 6), (168, 3, 6), (gpu_rounding.BLOCK + 8, 1, 4)):
     for bits, weight_bits, clip, dtype in (
         (4, 4, 0.0, torch.float32), (8, 8, 0.0, torch.float16), (6, 6, 0.0, torch.float32), (8, 3, 0.0, torch.float32),
-        (4, 2, 2.5, torch.float16), (4, 4, 1e-3, torch.float32),
+        (4, 2, 2.5, torch.float16), (4, 4, 1e-6, torch.float32),
     ):  # fmt: skip
         x = inputs(tokens, width + 5).to(dtype)[:, 2 : 2 + width]
         got = gpu_rounding.rounded(x, slices, weight_bits, bits, clip)
@@ -121,7 +121,7 @@ def note_product(name: str, x: torch.Tensor, low_bits: int, high_bits: int, high
 # low bits, high bits, high columns, columns, rows, group, activation bits, slices
 FORMS = [
     (4, 8, 8, 72, 37, 0, 4, 1), (4, 6, 16, 80, 33, 0, 4, 2), (8, 8, 0, 40, 5, 0, 8, 1), (4, 8, 0, 13, 3, 0, 8, 1),
-    (4, 8, 24, 120, 9, 32, 4, 1), (3, 5, 8, 48, 5, 0, 4, 1), (2, 7, 16, 112, 5, 48, 8, 2), (6, 6, 0, 200, 5, 0, 4, 1),
+    (4, 8, 24, 128, 9, 40, 4, 1), (3, 5, 8, 48, 5, 0, 4, 1), (2, 7, 16, 112, 5, 48, 8, 2), (6, 6, 0, 200, 5, 0, 4, 1),
 ]  # fmt: skip
 for form in FORMS:
     low_bits, high_bits, high, width, rows, group, activation_bits, slices = form
@@ -158,11 +158,21 @@ for width, block, dtype in (
         )
 
 # integers, and a factor that is a power of two: every transform is exact, and so must be the codes behind it
-for width, bits, weight_bits in ((64, 4, 4), (256, 4, 4), (256, 8, 6), (1024, 6, 8)):
-    x = torch.randint(-50, 51, (3, width + 8)).float()[:, :width]
+for width, bits, weight_bits, dtype in (
+    (64, 4, 4, torch.float32), (256, 8, 4, torch.float16), (256, 8, 6, torch.float32), (1024, 6, 8, torch.float32)
+):  # fmt: skip
+    x = torch.randint(-50, 51, (3, width + 8)).to(dtype)[:, :width]
     x[0, 5], x[1] = 3000.0, 0.0
     got = gpu_hadamard.rounded(x, *gpu_base(x, width), weight_bits, bits, 0.0)
-    compare(f"hadamard and round {width} to {bits} for {weight_bits}", got, hadamard_reference(x), 1, weight_bits, bits, 0.0)
+    compare(
+        f"hadamard and round {dtype} {width} to {bits} for {weight_bits}",
+        got,
+        hadamard_reference(x),
+        1,
+        weight_bits,
+        bits,
+        0.0,
+    )
 for high, activation_bits, slices in ((0, 4, 1), (32, 4, 1), (8, 8, 1), (32, 4, 2)):
     x = torch.randint(-50, 51, (5, 256 + high)).float()
     note_product(f"rotated {high} {activation_bits} {slices}", x, 4, 8, high, 7, 0, activation_bits, slices, 0.0, True)
