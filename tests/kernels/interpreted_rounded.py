@@ -161,8 +161,8 @@ for width, block, dtype in (
 for width, bits, weight_bits, dtype in (
     (64, 4, 4, torch.float32), (256, 8, 4, torch.float16), (256, 8, 6, torch.float32), (1024, 6, 8, torch.float32)
 ):  # fmt: skip
-    x = torch.randint(-50, 51, (3, width + 8)).to(dtype)[:, :width]
-    x[0, 5], x[1] = 3000.0, 0.0
+    x = torch.randint(-2000, 2001, (3, width + 8)).to(dtype)[:, :width]
+    x[0, 5], x[1] = 30000.0, 0.0
     got = gpu_hadamard.rounded(x, *gpu_base(x, width), weight_bits, bits, 0.0)
     compare(
         f"hadamard and round {dtype} {width} to {bits} for {weight_bits}",
