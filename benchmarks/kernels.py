@@ -30,7 +30,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compress.kernels import gpu, gpu_attention, gpu_hadamard, gpu_rounded, gpu_rounding
+from compress.kernels import gpu, gpu_attention, gpu_hadamard, gpu_packing, gpu_rounded, gpu_rounding
+from compress.kernels.affine_groups import EIGHT_BITS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -49,6 +50,11 @@ POINTERS = {
     "scores": "*fp32",
     "weights": "*fp32",
     "sums": "*fp32",
+    "states": "*bf16",
+    "order": "*i64",
+    "moves": "*fp32",
+    "errors": "*fp32",
+    "codes": "*u8",
 }
 # where a name stands for something else
 TYPES = {
@@ -67,6 +73,13 @@ TYPES = {
 ALIGNED = {"transform": ("x_stride", "y_stride", "plane"), "rounded_product": ("low_bytes", "high_bytes")}
 INTEGER = re.compile(r"IG?MMA|v_mfma_i32")
 ATTENTION = {"TOKENS": gpu_attention.TOKENS, "QUERIES": 16, "EIGHT_BITS": True, "PRECISION": "tf32x3"}
+# numbers of a group, runs, block, dtype of scales, ranges tried: the defaults of squat, values and kivi; then the largest
+PACKING = [
+    (64, 128, 8, EIGHT_BITS, 5), (32, 4, 0, EIGHT_BITS, 0), (64, 128, 0, EIGHT_BITS, 5), (64, 128, 8, torch.bfloat16, 5),
+    (64, 128, 0, torch.bfloat16, 0), (64, 128, 0, torch.float16, 0), (128, 128, 64, EIGHT_BITS, 5),
+    (8, 128, 64, EIGHT_BITS, 5), (1024, 16, 0, EIGHT_BITS, 5),
+]  # fmt: skip
+OPTIONS = ("num_warps", "enable_fp_fusion")  # of a launch of group_pack, among its constants
 TILE = {"ROWS": gpu.ROWS, "EIGHTS": gpu.EIGHTS}
 # instructions per weight of the loop on sm_90, as first measured with triton 3.9.0
 BUDGET = {
@@ -79,18 +92,38 @@ BUDGET = {
 }  # fmt: skip
 
 
-def cases(quick: bool, target: str) -> list[tuple[str, object, dict, int]]:
-    """Name, kernel, compile-time constants and warps of what is shipped."""
-    packed = [(*case, gpu.WARPS) for case in packed_cases(quick)]
-    return packed + rounded_cases(quick, target == "sm_90") + hadamard_cases(quick, target == "sm_90")
+Case = tuple[str, object, dict, dict]  # name, kernel, compile-time constants, options of the launch
 
 
-def rounded_cases(quick: bool, hopper: bool) -> list[tuple[str, object, dict, int]]:
+def cases(quick: bool, target: str) -> list[Case]:
+    """What is shipped."""
+    packed = [(*case, {"num_warps": gpu.WARPS}) for case in packed_cases(quick)]
+    hopper = target == "sm_90"
+    return packed + packing_cases(quick) + rounded_cases(quick, hopper) + hadamard_cases(quick, hopper)
+
+
+def packing_cases(quick: bool) -> list[Case]:
+    """The default of squat at every width, the other groups at 4 bits."""
+    found = [_packing(bits, *PACKING[0]) for bits in ([4] if quick else range(2, 9))]
+    return found + [_packing(4, *shape) for shape in (PACKING[1:2] if quick else PACKING[1:])]
+
+
+def _packing(bits: int, numbers: int, runs: int, block: int, dtype: torch.dtype, fit: int) -> Case:
+    constants = gpu_packing.constants(numbers, runs, block, dtype) | {
+        "BITS": bits, "FIT": fit, "UNITS": dtype == EIGHT_BITS, "CENTRE": numbers > 32, "PRECISION": "tf32x3"
+    }  # fmt: skip
+    grid = str(dtype).removeprefix("torch.")
+    name = f"group_pack {bits}: {numbers} numbers, {runs} runs, block {block}, {grid}, fit {fit}"
+    options = {key: constants.pop(key) for key in OPTIONS}
+    return name, gpu_packing.group_pack, constants, options
+
+
+def rounded_cases(quick: bool, hopper: bool) -> list[Case]:
     """Rounding, and products of one part and of two, of 3584 and 512 columns with one scale each."""
     found = []
     for bits, centred in [(4, False)] if quick else [(4, False), (6, False), (8, True)]:
         constants = {"CENTRED": centred, "PLANES": gpu_rounding.planes(bits), "BLOCK": gpu_rounding.BLOCK}
-        found.append((f"round_slices {bits}", gpu_rounding.round_slices, constants, gpu_rounding.WARPS))
+        found.append((f"round_slices {bits}", gpu_rounding.round_slices, constants, {"num_warps": gpu_rounding.WARPS}))
     for stored in [(4, 8)] if quick else [(4,), (6,), (8,), (4, 8), (4, 6), (8, 8), (3, 5), (2, 7)]:
         parts = [
             (bits, bits == 8, 16, columns // gpu_rounding.planes(bits))
@@ -98,11 +131,11 @@ def rounded_cases(quick: bool, hopper: bool) -> list[tuple[str, object, dict, in
         ]
         for tile in sorted({gpu_rounded.tile(tokens, stored, hopper) for tokens in (16, 256)}):
             name = f"rounded_product {'+'.join(map(str, stored))} tokens {tile.tokens}"
-            found.append((name, gpu_rounded.rounded_product, gpu_rounded.constants(tile, parts), tile.warps))
+            found.append((name, gpu_rounded.rounded_product, gpu_rounded.constants(tile, parts), {"num_warps": tile.warps}))
     return found
 
 
-def hadamard_cases(quick: bool, hopper: bool) -> list[tuple[str, object, dict, int]]:
+def hadamard_cases(quick: bool, hopper: bool) -> list[Case]:
     """The widths of down_proj, with the rounding behind it and without."""
     found = []
     for width, sylvester in (
@@ -115,7 +148,7 @@ def hadamard_cases(quick: bool, hopper: bool) -> list[tuple[str, object, dict, i
                 "CHUNK": gpu_hadamard.CHUNK, "PRECISION": "tf32x3",
             }  # fmt: skip
             name = f"transform {width}{' rounded' * rounds}"
-            found.append((name, gpu_hadamard.transform, constants, gpu_hadamard.warps(shape)))
+            found.append((name, gpu_hadamard.transform, constants, {"num_warps": gpu_hadamard.warps(shape)}))
     return found
 
 
@@ -145,12 +178,14 @@ def packed_cases(quick: bool) -> list[tuple[str, object, dict]]:
     return found + [(f"sparse_decode {bits}", gpu.sparse_decode, {"BITS": bits, **TILE}) for bits in [*widths, 16]]
 
 
-def compiled(kernel: object, constants: dict, warps: int, target: str) -> object:
+def compiled(kernel: object, constants: dict, options: dict, target: str) -> object:
     if "PRECISION" in constants and target.startswith("gfx"):
         constants = constants | {"PRECISION": "ieee"}
     types = POINTERS | TYPES.get(kernel.fn.__name__, {})
     types["values"] = "*bf16" if constants.get("BITS") == 16 else "*u8"
     types["affine"] = "*u8" if constants.get("EIGHT_BITS") else "*bf16"
+    if kernel is gpu_packing.group_pack:  # scales are written as they are stored
+        types["affine"] = "*u8" if constants["UNITS"] else "*i16"
     if constants.get("WORDS"):
         types["packed"] = "*i16" if constants["BITS"] == 2 else "*i32"
     if kernel is gpu_hadamard.transform:
@@ -163,7 +198,7 @@ def compiled(kernel: object, constants: dict, warps: int, target: str) -> object
         if name in multiples or types.get(name, "").startswith("*")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def figures(kernel: object) -> dict[str, object]:
@@ -211,14 +246,14 @@ def main() -> int:
     quick = parser.parse_args().quick
     failed = 0
     for target in ("sm_90",) if quick else TARGETS:
-        for name, kernel, constants, warps in cases(quick, target):
-            line = {"kernel": name, "target": target, **figures(compiled(kernel, constants, warps, target))}
+        for name, kernel, constants, options in cases(quick, target):
+            line = {"kernel": name, "target": target, **figures(compiled(kernel, constants, options, target))}
             loop = line.pop("loop", 0)
             weights = gpu.ROWS * gpu.EIGHTS * 8
             if kernel is gpu_rounded.rounded_product:
                 weights = constants["ROWS"] * constants["LOW_RUNS"] * constants["LOW_PLANES"]
             if loop and ("decode" in name or constants.get("HIGH") == 0):
-                line["instructions_per_weight"] = round(loop * 32 * warps / weights, 2)
+                line["instructions_per_weight"] = round(loop * 32 * options["num_warps"] / weights, 2)
             limit = 1.1 * BUDGET.get(name, float("inf"))
             good = line["spills"] == 0 and line["registers"] <= 256
             good &= kernel is not gpu_rounded.rounded_product or any(map(INTEGER.match, line["matrix"]))

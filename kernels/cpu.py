@@ -107,6 +107,14 @@ def rounded(
     return codes, scale, sums
 
 
+def butterflies(y: Tensor) -> None:
+    """Sylvester's transform of the last dimension, a power of two, of a contiguous fp32 tensor, in place, not scaled."""
+    width = y.shape[-1]
+    compiled().butterflies(
+        _pointer(y), *map(ctypes.c_long, (y.numel() // width, width)), ctypes.c_int(torch.get_num_threads())
+    )
+
+
 def integer_product(
     inputs: tuple[Tensor, Tensor, Tensor],
     segment: int,
