@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels import cpu, gpu, gpu_hadamard, gpu_rounded, gpu_rounding
-from compress.kernels.hadamard import gpu_base, hadamard
+from compress.kernels.hadamard import gpu_base, hadamard, hadamard_cpu
 from compress.kernels.notice import reference_runs
 from compress.kernels.pack import unpack_signed
 
@@ -79,8 +79,9 @@ def segments(width: int, group_size: int, activation_groups: int) -> list[tuple[
 
 def rotated(x: Tensor, high_features: int) -> Tensor:
     """`[..., I]` with the low part transformed; its own inverse."""
+    transform = hadamard_cpu if cpu.direct(x) else hadamard
     low, high = x.split([x.shape[-1] - high_features, high_features], dim=-1)
-    return torch.cat([hadamard(low), high], dim=-1) if high_features else hadamard(low)
+    return torch.cat([transform(low), high], dim=-1) if high_features else transform(low)
 
 
 @dataclass(frozen=True)

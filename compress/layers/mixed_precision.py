@@ -158,7 +158,7 @@ def from_storage(spec: Spec, x: Tensor) -> Tensor:
     if spec["hadamard"]:
         x = rotated(x, spec["high_features"])
     if spec["heads"]:
-        x = x[..., _gathered(spec).argsort().to(x.device)]
+        x = x[..., _gathered(spec, x.device).argsort()]
     return x
 
 
@@ -168,12 +168,13 @@ def stored_gram(spec: Spec, gram_II: Tensor) -> Tensor:
 
 
 def _gather(spec: Spec, x: Tensor) -> Tensor:
-    return x[..., _gathered(spec).to(x.device)] if spec["heads"] else x
+    return x[..., _gathered(spec, x.device)] if spec["heads"] else x
 
 
-def _gathered(spec: Spec) -> Tensor:
-    """Stored column -> input column: the low coordinates of all heads, then the high ones."""
-    columns = torch.arange(spec["in_features"]).view(spec["heads"], -1)
+def _gathered(spec: Spec, device: torch.device) -> Tensor:
+    """Stored column -> input column: the low coordinates of all heads, then the high ones. Made where it is used: a copy to
+    a GPU cannot be part of a CUDA graph."""
+    columns = torch.arange(spec["in_features"], device=device).view(spec["heads"], -1)
     low = columns.shape[1] - spec["high_features"] // spec["heads"]
     return torch.cat([columns[:, :low].flatten(), columns[:, low:].flatten()])
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from compress.kernels import cpu
+from compress.kernels.hadamard import hadamard, hadamard_reference
 from compress.kernels.mixed_precision import (
     dequantize_part,
     mixed_precision,
@@ -85,7 +86,7 @@ def test_what_is_not_finite_spoils_its_token_alone(value: float, clip: float) ->
     low, low_scale = packed_case(9, 40, 4, 0)
     x = torch.randn(3, 40)
     x[1, 17] = value
-    got = mixed_precision(x, low, low_scale, None, None, 4, 8, 0, 0, 4, 1, clip)
+    got = mixed_precision(x, low, low_scale, None, None, 4, 8, 0, 0, 4, 1, clip, False)
     assert got[1].isnan().all() and got[[0, 2]].isfinite().all()
 
 
@@ -126,6 +127,15 @@ def test_sparse_dictionary(shape: tuple, bits: int, tokens: int) -> None:
     assert relative(sparse_dictionary(x, *arguments), sparse_dictionary_reference(x, *arguments)) < 1e-4
 
 
+@pytest.mark.parametrize(("width", "block"), [(1, 0), (8, 0), (12, 0), (96, 8), (4096, 0), (28 * 64, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_butterflies_are_those_of_the_reference(width: int, block: int, dtype: torch.dtype) -> None:
+    """The same sums in the same order: equal to the last bit, for no token and many, from a tensor with strides."""
+    for tokens in (0, 1, 5):
+        x = torch.randn(tokens, 2 * width).to(dtype)[:, ::2]
+        assert torch.equal(hadamard(x, block), hadamard_reference(x, block))
+
+
 @pytest.mark.parametrize("bits", [3, 4, 16])
 def test_products_by_blocks_of_rows(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tokens: a weight of 33 rows in blocks of 8 is the same function; the last block holds one row."""
@@ -136,7 +146,7 @@ def test_products_by_blocks_of_rows(bits: int, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cpu, "_SCRATCH_BYTES", 0)
     assert relative(sparse_dictionary(x, *sparse), sparse_dictionary_reference(x, *sparse)) < 1e-6  # 2e-7
     if bits < 16:
-        integers = (low, low_scale, None, None, bits, 8, 0, 16, 16, 1, 0.0)
+        integers = (low, low_scale, None, None, bits, 8, 0, 16, 16, 1, 0.0, False)
         assert relative(mixed_precision(x, *integers), mixed_precision_reference(x, *integers)) < 1e-6
 
 
