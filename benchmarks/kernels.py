@@ -72,7 +72,7 @@ TYPES = {
 # multiples of 16, which a launch finds out by itself
 ALIGNED = {"transform": ("x_stride", "y_stride", "plane"), "rounded_product": ("low_bytes", "high_bytes")}
 INTEGER = re.compile(r"IG?MMA|v_mfma_i32")
-ATTENTION = {"TOKENS": gpu_attention.TOKENS, "QUERIES": 16, "EIGHT_BITS": True, "PRECISION": "tf32x3"}
+ATTENTION = {"TOKENS": gpu_attention.TOKENS, "QUERIES": gpu_attention.QUERIES, "EIGHT_BITS": True, "PRECISION": "tf32x3"}
 # numbers of a group, runs, block, dtype of scales, ranges tried: the defaults of squat, values and kivi; then the largest
 PACKING = [
     (64, 128, 8, EIGHT_BITS, 5), (32, 4, 0, EIGHT_BITS, 0), (64, 128, 0, EIGHT_BITS, 5), (64, 128, 8, torch.bfloat16, 5),

@@ -15,6 +15,7 @@ from compress.kernels.gpu import precision, triton
 from compress.kernels.layout import outer_stride, tokens_of_row
 
 TOKENS = 32  # cut out at a time
+QUERIES = 16  # of a KV head at a time: tensor cores take no fewer, and the registers of wide heads no more
 PART, CHANNELS = 512, 64  # tokens and channels of a program of group_sums
 WARPS = 4
 
@@ -99,6 +100,9 @@ def scores(
 ) -> Tensor:
     """`[batch, heads, queries, tokens]` fp32; batch and heads of every tensor must be one dimension in memory."""
     batch, heads, queries, width = query.shape
+    if queries > QUERIES:
+        parts = query.split(QUERIES, dim=2)
+        return torch.cat([scores(part, packed, affine, bits, runs, units, centre) for part in parts], dim=2)
     rows = packed.shape[2]
     tokens = tokens_of_row(packed, bits, width)
     query = query.float().contiguous()
@@ -106,7 +110,7 @@ def scores(
     extra = [out if tensor is None else tensor.float().contiguous() for tensor in (units, centre)]
     group_scores[(rows, batch * heads)](
         query, packed, affine, *extra, out, queries, rows, tokens, width, width // runs, runs, *_strides(packed, affine),
-        EIGHT_BITS=units is not None, CENTRE=centre is not None, BITS=bits, QUERIES=power(queries, 16),
+        EIGHT_BITS=units is not None, CENTRE=centre is not None, BITS=bits, QUERIES=QUERIES,
         WIDTH=power(width), TOKENS=TOKENS, PRECISION=precision(), num_warps=WARPS,
     )  # fmt: skip
     return out
@@ -115,19 +119,22 @@ def scores(
 def sums(weights: Tensor, packed: Tensor, affine: Tensor, bits: int, runs: int, width: int, units: Tensor | None) -> Tensor:
     """`[batch, heads, queries, width]` fp32; a row of `packed` is one token."""
     batch, heads, queries, rows = weights.shape
+    if queries > QUERIES:
+        of_queries = weights.split(QUERIES, dim=2)
+        return torch.cat([sums(part, packed, affine, bits, runs, width, units) for part in of_queries], dim=2)
     weights, parts = weights.float().contiguous(), triton.cdiv(rows, PART)
     out = torch.empty(parts, batch, heads, queries, width, device=weights.device)
     group_sums[(parts, batch * heads, triton.cdiv(width, CHANNELS))](
         weights, packed, affine, out if units is None else units.float().contiguous(), out, queries, batch * heads, rows,
         width, width // runs, runs, *_strides(packed, affine),
-        EIGHT_BITS=units is not None, BITS=bits, QUERIES=power(queries, 16), CHANNELS=CHANNELS, TOKENS=TOKENS, PART=PART,
+        EIGHT_BITS=units is not None, BITS=bits, QUERIES=QUERIES, CHANNELS=CHANNELS, TOKENS=TOKENS, PART=PART,
         PRECISION=precision(), num_warps=WARPS,
     )  # fmt: skip
     return out.sum(dim=0)
 
 
 def power(size: int, least: int = 1) -> int:
-    """A power of two that holds `size`; tensor cores take no fewer than 16 queries."""
+    """A power of two that holds `size`."""
     return max(least, triton.next_power_of_2(size))
 
 

@@ -230,7 +230,7 @@ class GroupStore:
     @property
     def attends(self) -> bool:
         """Whether attention may run on the packed groups: something is packed, and nothing is added to keys behind them."""
-        return self.key_codes.length > 0 and not self.waiting and not self._uses_wave()
+        return self.key_codes.length > 0 and not self._uses_wave()
 
     def packed_keys(self) -> tuple[Any, ...]:
         """Codes, scales and minima, bits, runs, units and centre, as `group_scores` takes them."""

@@ -32,6 +32,8 @@ from compress.cache.wave import Wave
 from compress.errors import CompressError
 from compress.kernels.group_attention import in_place
 
+_FEW = 8  # new tokens that attend to packed bytes: beyond, multiplying out once is cheaper than cutting codes out for each
+
 
 class Config(CacheConfig):
     bits: Bits = Field(2, description="bits of a code, 2 to 8; 16 keeps the states as they came")
@@ -117,6 +119,7 @@ class Layer(PackedLayer):
             real = real.expand(self.shape["batch"], -1)
             self._leave_out(real.cpu())
             queries = queries * real[:, None, None, :, None].to(queries.device)
+        self.version += 1  # whoever has not read by now gets no mixture of exact states and rounded ones
         for store in self.stores:
             if store.waiting:
                 store.waiting = False
@@ -155,7 +158,7 @@ class Layer(PackedLayer):
     def read(self) -> tuple[Tensor, Tensor]:
         """All keys and values; those of a decode step are left `Unread`, for the attention function to do without."""
         known = in_place(self.device, self.dtype) and not torch.compiler.is_compiling()
-        if known and self.stays and self.newest == 1 and self.watched and all(store.attends for store in self.stores):
+        if known and self.stays and self.newest <= _FEW and self.watched and all(store.attends for store in self.stores):
             return Unread.of(self, self.stores[0].exact_values.data.dtype)
         return self.dense()
 

@@ -43,14 +43,17 @@ def show_queries(model: nn.Module) -> bool:
 def _show(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None] | None:
+    answer = None
     if isinstance(key, Unread):
-        return _answer(module, query, key, value, mask, options)
+        answer = _answer(module, query, key, value, mask, options)
+        if answer is None:
+            key.read()  # before the queries let anything be packed
     layer, _last.layer = getattr(_last, "layer", None), None
     if layer is None or key.shape[2] != layer.length or getattr(module, "layer_idx", layer.index) != layer.index:
-        return None
+        return answer
     if key.shape[:2] == (layer.shape["batch"], layer.shape["heads"]):
         layer.see(query, _real(mask, query.shape[2], key.shape[2]))
-    return None
+    return answer
 
 
 def _answer(
@@ -61,13 +64,15 @@ def _answer(
     strange = any(
         isinstance(given, Tensor) or given not in (None, False, 0) for name, given in options.items() if name not in _PLAIN
     )
-    if not untouched or strange or query.requires_grad or query.shape[2] != 1:
+    if not untouched or strange or query.requires_grad or query.shape[2] != key.layer.newest:
+        return None
+    if mask is None and query.shape[2] > 1:  # several tokens come with a mask that says which of them may read which
         return None
     if module.config._attn_implementation != _PREFIX + "sdpa":
         return None
     readable = None
     if mask is not None:
-        readable = _readable(mask, key.shape[2])
+        readable = _readable(mask, query.shape[2], key.shape[2])
         if readable is None:
             return None
     out = key.layer.attend(query, readable, options.get("scaling") or query.shape[-1] ** -0.5)
@@ -84,21 +89,25 @@ def _real(mask: Tensor | None, queries: int, tokens: int) -> Tensor | None:
     return _allowed(newest.diagonal(dim1=2, dim2=3)).any(dim=1)
 
 
-def _readable(mask: Tensor, tokens: int) -> Tensor | None:
-    """Which tokens the newest query may read, `[batch, tokens]` on the CPU; None where heads differ or a bias is added.
+def _readable(mask: Tensor, queries: int, tokens: int) -> Tensor | None:
+    """Which tokens the newest query may read, `[batch, tokens]` on the CPU; None where heads differ, a bias is added, or another
+    query may not read just those of them that are no newer than itself.
 
     All layers of a model get one mask: it is fetched from its device once.
     """
     known = getattr(_last, "mask", None)
-    if known is not None and known[0]() is mask and known[1] == (tokens, mask._version):
+    if known is not None and known[0]() is mask and known[1] == (queries, tokens, mask._version):
         return known[2]
     found = None
     if mask.ndim == 4 and mask.shape[1] == 1:
-        last = mask[:, 0, -1, :tokens]
-        found = _allowed(last).cpu()
-        if last.is_floating_point() and last.cpu()[found].any():
+        newest = mask[:, 0, -queries:, :tokens].cpu()
+        allowed = _allowed(newest)
+        found = allowed[:, -1]
+        causal = torch.ones(allowed.shape[1:], dtype=torch.bool).tril(tokens - queries)
+        plain = torch.equal(allowed, found[:, None] & causal)
+        if not plain or (newest.is_floating_point() and newest[allowed].any()):
             found = None
-    _last.mask = weakref.ref(mask), (tokens, mask._version), found
+    _last.mask = weakref.ref(mask), (queries, tokens, mask._version), found
     return found
 
 

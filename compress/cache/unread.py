@@ -1,4 +1,4 @@
-"""Keys and values that nobody has read yet: what a packed layer returns for a decode step.
+"""Keys and values that nobody has read yet: what a packed layer returns for a decode step, of one new token or a few.
 
 `Cache.update` must return tensors, and attention comes later, out of the model's hands. An `Unread` is a tensor of the right
 shape without data. The attention function that stands in front of the model's own (`compress.cache.queries`) knows it and
@@ -57,28 +57,31 @@ class Unread(Tensor):
 
 
 def attend(stores: list[GroupStore], query: Tensor, scaling: float) -> Tensor:
-    """The output of attention, `[batch, 1, heads, value width]`, for one new query per row and head.
+    """The output of attention, `[batch, new tokens, heads, value width]`, for the newest tokens, none of them packed yet.
 
     Args:
-        stores: together all rows of the batch; every token that they hold is read.
-        query: `[batch, query heads, 1, head_dim]`.
+        stores: together all rows of the batch; a new token reads every token that they hold but the new ones behind it.
+        query: `[batch, query heads, new tokens, head_dim]`.
     """
-    heads = stores[0].exact_keys.data.shape[1]
-    queries = query.squeeze(2).unflatten(1, (heads, -1))  # those of a KV head follow each other
+    heads, new = stores[0].exact_keys.data.shape[1], query.shape[2]
+    queries = query.unflatten(1, (heads, -1)).flatten(2, 3)  # those of a KV head follow each other, and of a head its tokens
     if len(stores) == 1:
-        out = _attend(stores[0], queries, scaling)
+        out = _attend(stores[0], queries, new, scaling)
     else:
         out = torch.empty(*queries.shape[:3], stores[0].value_dim, device=query.device)
         for store in stores:
-            out[store.rows] = _attend(store, queries[store.rows], scaling)
-    return out.flatten(1, 2)[:, None].to(query.dtype)
+            out[store.rows] = _attend(store, queries[store.rows], new, scaling)
+    return out.unflatten(2, (-1, new)).flatten(1, 2).transpose(1, 2).to(query.dtype)
 
 
-def _attend(store: GroupStore, queries: Tensor, scaling: float) -> Tensor:
+def _attend(store: GroupStore, queries: Tensor, new: int, scaling: float) -> Tensor:
     """`[rows, heads, queries of a head, value width]` fp32."""
     scaled = queries.float() * scaling
     exact_keys, exact_values = store.exact_keys.rows(), store.exact_values.rows()
-    scores = torch.cat([scaled @ exact_keys.float().mT, group_scores(scaled, *store.packed_keys())], dim=-1)
-    weights = scores.softmax(dim=-1)
+    exact = scaled @ exact_keys.float().mT
+    if new > 1:
+        later = torch.ones(new, new, dtype=torch.bool, device=queries.device).triu(1)
+        exact.unflatten(2, (-1, new))[..., -new:].masked_fill_(later, -torch.inf)
+    weights = torch.cat([exact, group_scores(scaled, *store.packed_keys())], dim=-1).softmax(dim=-1)
     exact, packed = weights.split([exact_keys.shape[2], weights.shape[-1] - exact_keys.shape[2]], dim=-1)
     return exact @ exact_values.float() + group_sums(packed, *store.packed_values())

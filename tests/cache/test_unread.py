@@ -75,6 +75,70 @@ def test_the_answers_are_those_of_multiplying_out(kind: str, method: str, option
     torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
 
 
+def in_steps(model: torch.nn.Module, cache: KVCache, mask: Tensor, steps: list[int]) -> Tensor:
+    """Logits of a padded prompt's continuation, so many tokens at a time."""
+    torch.manual_seed(1)
+    ids = prompt(len(mask), mask.shape[1] + sum(steps))
+    logits = []
+    with torch.no_grad():
+        model(ids[:, : mask.shape[1]], attention_mask=mask, past_key_values=cache)
+        for new in steps:
+            part = ids[:, mask.shape[1] : mask.shape[1] + new]
+            mask = torch.cat([mask, mask.new_ones(len(mask), new)], dim=1)
+            logits.append(model(part, attention_mask=mask, past_key_values=cache).logits)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("method", ["kivi", "squat"])
+def test_several_new_tokens(kind: str, method: str, calls: list[int]) -> None:
+    """Each reads those before it and packed bytes, and a group that they fill is packed behind their attention."""
+    model, mask, steps = tiny_model(kind), padded(70, 51, 70), [5, 8, 1, 3, 8, 2, 7, 9]
+    cache, other = KVCache(model, method, **OPTIONS), reading(KVCache(model, method, **OPTIONS))
+    got = in_steps(model, cache, mask, steps)
+    layers = sum(isinstance(layer, kivi.Layer) for layer in cache.layers)
+    assert len(calls) == layers * (len(steps) - 1)  # 9 tokens are too many
+    torch.testing.assert_close(got, in_steps(model, other, mask, steps), rtol=1e-4, atol=2e-5)
+    for ours, theirs in zip(cache.packed, other.packed, strict=True):
+        for one, two in zip(ours.buffers(), theirs.buffers(), strict=True):
+            torch.testing.assert_close(one.rows().float(), two.rows().float(), rtol=1e-3, atol=1.0)  # codes may differ by 1
+
+
+def test_new_tokens_that_read_in_another_order(calls: list[int]) -> None:
+    """A tree of candidates, and padding among the new tokens: multiplied out, as they are no plain steps."""
+    model, ids = tiny_model("llama"), prompt(2, 70)
+    tree = torch.ones(2, 1, 3, 73, dtype=torch.bool)
+    tree[:, :, 2, 71] = tree[:, :, 0, 71:] = tree[:, :, 1, 72] = False  # the last two both follow the first
+    ragged = torch.ones(2, 73, dtype=torch.long)
+    ragged[0, 70] = 0
+    for mask in (tree, ragged):
+        logits = []
+        for cache in (KVCache(model, "kivi", **OPTIONS), reading(KVCache(model, "kivi", **OPTIONS))):
+            with torch.no_grad():
+                model(ids, past_key_values=cache)
+                logits.append(model(ids[:, :3], attention_mask=mask, past_key_values=cache).logits)
+        assert torch.equal(*(x[:, -1] for x in logits))
+    assert not calls
+
+
+def test_keys_that_are_read_too_late_are_refused(calls: list[int]) -> None:
+    """What several new tokens were answered by is packed at once: no mixture is handed out."""
+    model = tiny_model("llama")
+    cache = KVCache(model, "kivi", **OPTIONS)
+    ids = prompt(1, 70)
+    kept: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    layer = cache.packed[0]
+    update = layer.update
+    layer.update = lambda *args, **options: kept.append(update(*args, **options)) or kept[-1]
+    with torch.no_grad():
+        model(ids[:, :4], past_key_values=cache)
+    assert calls
+    with pytest.raises(RuntimeError, match="must be read, or cloned"):
+        kept[0][0] + 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, calls: list[int]) -> None:
     """fp16 scales are left to the reference; sums are fp32, so answers are those of plain attention to its rounding."""
