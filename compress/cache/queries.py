@@ -90,8 +90,8 @@ def _real(mask: Tensor | None, queries: int, tokens: int) -> Tensor | None:
 
 
 def _readable(mask: Tensor, queries: int, tokens: int) -> Tensor | None:
-    """Which tokens the newest query may read, `[batch, tokens]` on the CPU; None where heads differ, a bias is added, or another
-    query may not read just those of them that are no newer than itself.
+    """Which tokens the newest query may read, `[batch, tokens]` on the CPU; None where heads differ, a bias is added, or
+    another query may not read just those of them that are no newer than itself.
 
     All layers of a model get one mask: it is fetched from its device once.
     """
