@@ -27,7 +27,7 @@ check: install
 	$(BIN)/ruff format --check .
 
 kernels: install
-	$(BIN)/python -P benchmarks/kernels.py
+	$(BIN)/python -P benchmarks/compiled_kernels.py
 
 bench: install
 	$(BIN)/python -P benchmarks/solvers.py

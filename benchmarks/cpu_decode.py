@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
+sys.path.append(str(Path(__file__).parent))  # python -P leaves it out; no file here may be called as a package is
 from random_models import SHAPES, random_model
 
 

@@ -33,7 +33,7 @@ from compress.linalg import largest_per_row
 from compress.methods import Site, load
 from compress.recipe import Recipe
 
-sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
+sys.path.append(str(Path(__file__).parent))  # python -P leaves it out; no file here may be called as a package is
 import gpu_models
 
 SHAPES = {

@@ -23,7 +23,7 @@ from transformers import StaticCache
 from compress.cache import kivi
 from compress.cache.layer import CACHE_ARGUMENT
 
-sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
+sys.path.append(str(Path(__file__).parent))  # python -P leaves it out; no file here may be called as a package is
 from random_models import random_model
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128

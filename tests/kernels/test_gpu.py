@@ -41,7 +41,10 @@ def test_packed_groups_in_the_interpreter() -> None:
 
 def test_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-P", ROOT / "benchmarks" / "kernels.py", "--quick"], capture_output=True, text=True, check=False
+        [sys.executable, "-P", ROOT / "benchmarks" / "compiled_kernels.py", "--quick"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]

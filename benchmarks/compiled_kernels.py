@@ -1,7 +1,7 @@
 """Compile every Triton kernel for GPUs that are not here, and read what the compilers made of it.
 
-    python -P benchmarks/kernels.py             # what `make kernels` runs: sm_80, sm_90, gfx942
-    python -P benchmarks/kernels.py --quick     # one width per kernel for sm_90: part of `make test`
+    python -P benchmarks/compiled_kernels.py             # what `make kernels` runs: sm_80, sm_90, gfx942
+    python -P benchmarks/compiled_kernels.py --quick     # one width per kernel for sm_90: part of `make test`
 
 One JSON line per kernel, width and target: registers, spills, shared memory, matrix instructions, and the instructions that
 the main loop issues for each weight it handles. A spill, more registers than let two blocks share a processor, codes that do
