@@ -130,10 +130,12 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.device == "cuda":
+        print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__}), flush=True)
     wrong = check_layers(options.forms, options.device) if "layers" in options.parts else 0
     if "attention" in options.parts:
         few = {"totals": ((2, 300),)} if options.device == "cpu" else {}
-        wrong += not gpu_models.attention(options.device, None if options.check else seconds, **few)
+        wrong += not gpu_models.attention(options.device, None if options.check or wrong else seconds, **few)
     if options.check or wrong:
         return 1 if wrong else 0
     if "layers" in options.parts:
@@ -166,7 +168,7 @@ def check_layers(forms: list[str], device: str) -> int:
 
 def time_layers(shapes: list[str], forms: list[str]) -> None:
     bandwidth = copy_bandwidth()
-    print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bytes_per_second": bandwidth}))
+    print(json.dumps({"bytes_per_second": bandwidth}))
     for size in shapes:
         for name, shape in SHAPES[size].items():
             copies = max(2, -(-L2_BYTES // (2 * shape[0] * shape[1])))

@@ -187,7 +187,8 @@ def _refined(
     layers = {r.name: filled_layer(r.spec, _tensors_of(r.name, packed), prepared.device) for r in reports}
     seed = prepared.recipe.calibration.seed + index
     found = refine_block(runner, index, layers, prepared.recipe.refine, seed)
-    progress.note(f"block {index}: error of its output {found.before:.4f}, refined {found.after:.4f}")
+    outcome = "refined" if found.better else "kept, for refining gave"
+    progress.note(f"block {index}: error of its output {found.before:.4f}, {outcome} {found.after:.4f}")
     packed, after = {}, []
     for report in reports:
         layer = layers[report.name]

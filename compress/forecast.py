@@ -32,6 +32,9 @@ def predicted_memory_bytes(prepared: Prepared) -> int:
     solving = max(
         8 * (6 * j.spec["in_features"] ** 2 + 4 * j.spec["in_features"] * j.spec["out_features"]) for j in plan.jobs
     )
+    if prepared.recipe.refine.epochs:
+        solving = max(solving, 24 * max(blocks) // item)  # weights, masters, gradients and Adam's moments in fp32
+        hidden *= 2
     return max(max(blocks) + solving, outside) + hidden + (700 << 20)
 
 

@@ -10,8 +10,9 @@ transformer matching of 3BASiL. Where we differ: any format whose `dense_weight`
 `paired_share` of the way from there to what the original model gives at this place.
 Adam with a rate relative to the root mean square of each tensor, falling to zero; masters in fp32, one cast back. A block
 whose error did not fall, measured with the tensors as they are stored, keeps what the solvers gave.
-Cost: the time of three forward passes per epoch and of three for target and errors; memory: three fp32 copies of what moves
-and the activations of one step.
+Cost: the time of three forward passes per epoch and of three for target and errors, and with learned atoms a product that
+multiplies the weight out for every step; memory: five fp32 copies of a block's packed floats, its weights in fp32, two more
+sets of hidden states, and the activations of one step.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor, nn
 
 from compress.calibrate.blocks import BlockRunner
+from compress.errors import CompressError
 from compress.layers import CompressedLinear
 from compress.recipe import Refine
 
@@ -36,10 +39,11 @@ Layers = dict[str, CompressedLinear]
 
 @dataclass(frozen=True)
 class Refined:
-    """A block's output error relative to what the block adds to its inputs, before and after."""
+    """A block's output error relative to what the block adds to its inputs, before and after; whether it fell."""
 
     before: float
     after: float
+    better: bool
 
 
 def refine_block(runner: BlockRunner, index: int, layers: Layers, options: Refine, seed: int) -> Refined:
@@ -56,17 +60,20 @@ def refine_block(runner: BlockRunner, index: int, layers: Layers, options: Refin
     targets = runner.outputs(index)
     if runner.reference is not None:
         targets = [own.lerp(theirs, runner.share) for own, theirs in zip(targets, runner.reference, strict=True)]
-    added = _squares(runner, runner.hidden, targets)
+    added = _squares(runner, runner.hidden, targets) or 1.0  # a block may add nothing
     stored = {name: {key: p.detach().clone() for key, p in _movable(layer)} for name, layer in layers.items()}
     with _in_place_of_linears(runner.model, layers):
-        before = _squares(runner, runner.outputs(index), targets) / added
+        before = _squares(runner, runner.outputs(index), targets)
         _replace(layers, lambda name, key, p: p.detach().float().requires_grad_())
         _descend(runner, index, layers, targets, options, seed)
         _replace(layers, lambda name, key, p: p.detach().to(stored[name][key].dtype))
-        after = _squares(runner, runner.outputs(index), targets) / added
+        try:
+            after = _squares(runner, runner.outputs(index), targets)
+        except CompressError:  # it diverged
+            after = inf
     if not after < before:
         _replace(layers, lambda name, key, p: stored[name][key])
-    return Refined(before**0.5, after**0.5)
+    return Refined((before / added) ** 0.5, (after / added) ** 0.5, after < before)
 
 
 def _descend(runner: BlockRunner, index: int, layers: Layers, targets: list[Tensor], options: Refine, seed: int) -> None:
@@ -85,7 +92,9 @@ def _descend(runner: BlockRunner, index: int, layers: Layers, targets: list[Tens
             state, target, mask = steps[at]
             output = runner.tracked(index, state.to(runner.device).clone(), mask)  # a clone: inference made the states
             error = _counted(output - target.to(runner.device), mask).float()
-            gradients = torch.autograd.grad(error.square().sum(), masters, allow_unused=True)  # experts
+            if not error.requires_grad:  # none of the experts that move was asked
+                continue
+            gradients = torch.autograd.grad(error.square().sum(dim=-1).mean(), masters, allow_unused=True)
             for master, gradient in zip(masters, gradients, strict=True):
                 master.grad = gradient
             optimizer.step()
@@ -135,7 +144,9 @@ class _Multiplied(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
         if layer.rounding(layer.spec):
-            x = x + (layer.seen_input(layer.spec, x) - x).detach()
+            with torch.no_grad():
+                off = layer.seen_input(layer.spec, x) - x
+            x = x + off
         return nn.functional.linear(x, layer.dense_weight().to(x.dtype), self.bias)
 
 

@@ -115,7 +115,7 @@ extern "C" void round_inputs(const float* x, long stride, int16_t* q, float* sca
             float step = (high - low) / most;
             if (!(step > 0)) step = 1;
             const float zero = std::nearbyint(-low / step);
-            const bool finite = square == square && step * 0 == 0;  // a NaN or an infinity makes the token NaN, as in torch
+            const bool finite = square == square && step * 0 == 0;  // a NaN or an infinity makes the token NaN
             for (long start = from; start < from + slice; start += seg) {
                 const long width = start + seg < from + slice ? seg : from + slice - start, full = width / BLOCK * BLOCK;
                 int16_t* to = q + m * K + start;

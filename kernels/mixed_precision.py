@@ -51,7 +51,7 @@ def rounded_activation(x: Tensor, bits: int, groups: int, clip: float = 0.0) -> 
         bound = clip * slices.square().mean(dim=-1, keepdim=True).sqrt()
         low, high = low.maximum(-bound), high.minimum(bound)
     scale = (high - low) / ((1 << bits) - 1)
-    scale = torch.where(scale > 0, scale, 1)
+    scale = torch.where(scale == 0, 1, scale)  # what is not finite makes its slice so
     zero = (-low / scale).round_()
     codes = (slices / scale).round_().add_(zero).clamp_(0, (1 << bits) - 1)
     return codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
@@ -156,9 +156,9 @@ def mixed_precision_reference(
     x_TI = x.reshape(-1, x.shape[-1])
     if activation_bits == 16:
         weights = [dequantize_part(p.packed, p.scale, p.bits, p.stop - p.start, group_size) for p in parts]
-        return (x_TI @ torch.cat(weights, dim=1).to(x.dtype).T).view(*x.shape[:-1], -1)
+        return (x_TI @ torch.cat(weights, dim=1).to(x.dtype).T).view(*x.shape[:-1], len(parts[0].packed))
     y = sum(_integer_part(x_TI[:, part.start : part.stop], part, group_size, activation_groups) for part in parts)
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+    return y.to(x.dtype).view(*x.shape[:-1], len(parts[0].packed))
 
 
 mixed_precision = torch.library.custom_op("compress::mixed_precision", mixed_precision_reference, mutates_args=())
@@ -176,7 +176,7 @@ def mixed_precision_cpu(x: Tensor, *stored: Any) -> Tensor:
         return mixed_precision_reference(x, *stored)
     if rotate:
         x = rotated(x, high_features)
-    x_TI, y = x.reshape(-1, x.shape[-1]).float(), None
+    x_TI, y = x.reshape(-1, x.shape[-1]).float().contiguous(), None
     inputs = [x_TI[:, part.start : part.stop] for part in parts]
     if len(x_TI) > cpu.MOST_TOKENS:
         if rounds:
@@ -188,14 +188,14 @@ def mixed_precision_cpu(x: Tensor, *stored: Any) -> Tensor:
                 cpu.expanded(p.packed[rows], p.scale[rows], p.bits, group_size, out[:, p.start : p.stop])
 
         y = cpu.product_by_blocks(x_TI, len(parts[0].packed), expand)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y.to(x.dtype).view(*x.shape[:-1], len(parts[0].packed))
     for part, seen, segment in zip(parts, inputs, ways, strict=True):
         if rounds:
             arranged = cpu.rounded(seen, segment, part.seen_bits, groups, part.clip, part.bits)
         else:
             arranged = cpu.arranged(seen, segment, part.bits)
         y = cpu.integer_product(arranged, segment, part.packed, part.scale, part.bits, group_size, add_to=y)
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+    return y.to(x.dtype).view(*x.shape[:-1], len(parts[0].packed))
 
 
 @mixed_precision.register_kernel("cuda")
@@ -211,17 +211,17 @@ def mixed_precision_cuda(x: Tensor, *stored: Any) -> Tensor:
         return mixed_precision_reference(x, *stored)
     if rounds:
         y = gpu_rounded.product(_gpu_codes(x, parts, groups, rotate), parts, group_size, ways, x.dtype)
-        return y.view(*x.shape[:-1], -1)
-    x_TI = (rotated(x, high_features) if rotate else x).reshape(-1, x.shape[-1])
+        return y.view(*x.shape[:-1], len(parts[0].packed))
+    x_TI = (rotated(x, high_features) if rotate else x).reshape(-1, x.shape[-1]).contiguous()
     if len(x_TI) > gpu.MOST_TOKENS:
         weight = torch.empty(len(parts[0].packed), x.shape[-1], dtype=x.dtype, device=x.device)
         for part in parts:
             gpu.expanded(part.packed, part.scale, part.bits, group_size, weight[:, part.start : part.stop])
-        return (x_TI @ weight.T).view(*x.shape[:-1], -1)
+        return (x_TI @ weight.T).view(*x.shape[:-1], len(parts[0].packed))
     y = None
     for part in parts:
         y = gpu.integer_product(x_TI[:, part.start : part.stop], part.packed, part.scale, part.bits, group_size, add_to=y)
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+    return y.to(x.dtype).view(*x.shape[:-1], len(parts[0].packed))
 
 
 def _gpu_codes(x: Tensor, parts: list[Part], groups: int, rotate: bool) -> list[gpu_rounding.Codes]:

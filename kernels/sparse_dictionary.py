@@ -131,7 +131,7 @@ def sparse_dictionary_cpu(x: Tensor, *stored: Any) -> Tensor:
             cpu.expanded(values[rows], scale[rows], bits, group, out)
 
         y = cpu.product_by_blocks(u_MA, len(values), expand)
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+    return y.to(x.dtype).view(*x.shape[:-1], len(values))
 
 
 @sparse_dictionary.register_kernel("cuda")
@@ -153,7 +153,7 @@ def sparse_dictionary_cuda(x: Tensor, *stored: Any) -> Tensor:
         y = u_MA @ values.to(x.dtype).T
     else:
         y = gpu.integer_product(u_MA, values, scale, bits, group)
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+    return y.to(x.dtype).view(*x.shape[:-1], len(values))
 
 
 def _coded(x_MI: Tensor, *stored: Any) -> Tensor:

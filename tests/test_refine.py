@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.helpers import save_tiny, tiny_recipe
+from tests.helpers import save_tiny, tiny_model, tiny_recipe, tiny_tokenizer
 
 from compress.errors import CompressError
 from compress.kernels.hadamard import hadamard
@@ -37,9 +37,10 @@ class Notes:
         self.pairs: list[tuple[float, float]] = []
 
     def note(self, text: str) -> None:
-        if ", refined " in text:
-            before, after = text.rpartition("output ")[2].split(", refined ")
-            self.pairs.append((float(before), float(after)))
+        if "error of its output" in text:
+            before, after = (float(word.strip(",")) for word in text.split() if "." in word or "inf" in word)
+            self.pairs.append((before, after))
+            assert ("kept" in text) == (not after < before)
 
     def start(self, matrices: int, done: int) -> None: ...
     def matrix(self, module: object) -> None: ...
@@ -110,6 +111,34 @@ def test_a_block_that_gets_worse_keeps_what_it_had(tmp_path):
     assert all(after > before for before, after in notes.pairs), notes.pairs
     plain, wild = packed(tmp_path / "plain"), packed(tmp_path / "wild")
     assert all(torch.equal(plain[key], wild[key]) for key in plain)
+
+
+@pytest.mark.parametrize("wrong", ["nan", "inf"])
+def test_a_block_that_diverges_keeps_what_it_had(tmp_path, monkeypatch, wrong):
+    import compress.refine as refine
+
+    def diverge(runner, index, layers, *rest):
+        for layer in layers.values():
+            layer.values.data[0, 0] = float(wrong)
+
+    monkeypatch.setattr(refine, "_descend", diverge)
+    model, notes = save_tiny(tmp_path / "m"), Notes()
+    run(model, refined(FORMS["pruned"], epochs=0), tmp_path / "plain")
+    run(model, refined(FORMS["pruned"]), tmp_path / "wild", progress=notes)
+    assert all(after == float("inf") for _, after in notes.pairs)
+    plain, wild = packed(tmp_path / "plain"), packed(tmp_path / "wild")
+    assert all(torch.equal(plain[key], wild[key]) for key in plain)
+
+
+def test_a_block_that_adds_nothing(tmp_path):
+    """As in models that were made deeper by blocks of zeros."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    model.save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    run(tmp_path / "m", refined(FORMS["pruned"], inputs="compressed"), tmp_path / "o")
 
 
 def test_padded_documents(tmp_path):

@@ -23,7 +23,7 @@ from compress.cache.unread import Unread
 
 _PREFIX = "compress_queries_"
 _SHOWN = ("sdpa", "eager")
-_PLAIN = {"scaling", "is_causal", "position_ids", "cache_position", "use_cache"}  # change nothing for one query of a cache
+_PLAIN = {"scaling", "is_causal", "position_ids", "cache_position", "use_cache"}  # change nothing here
 _last = threading.local()
 
 
@@ -95,8 +95,8 @@ def _readable(mask: Tensor, queries: int, tokens: int) -> Tensor | None:
 
     All layers of a model get one mask: it is fetched from its device once.
     """
-    known = getattr(_last, "mask", None)
-    if known is not None and known[0]() is mask and known[1] == (queries, tokens, mask._version):
+    known, version = getattr(_last, "mask", None), None if mask.is_inference() else mask._version
+    if known is not None and known[0]() is mask and known[1] == (queries, tokens, version):
         return known[2]
     found = None
     if mask.ndim == 4 and mask.shape[1] == 1:
@@ -107,7 +107,7 @@ def _readable(mask: Tensor, queries: int, tokens: int) -> Tensor | None:
         plain = torch.equal(allowed, found[:, None] & causal)
         if not plain or (newest.is_floating_point() and newest[allowed].any()):
             found = None
-    _last.mask = weakref.ref(mask), (queries, tokens, mask._version), found
+    _last.mask = weakref.ref(mask), (queries, tokens, version), found
     return found
 
 

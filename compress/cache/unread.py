@@ -71,7 +71,7 @@ def attend(stores: list[GroupStore], query: Tensor, scaling: float) -> Tensor:
         out = torch.empty(*queries.shape[:3], stores[0].value_dim, device=query.device)
         for store in stores:
             out[store.rows] = _attend(store, queries[store.rows], new, scaling)
-    return out.unflatten(2, (-1, new)).flatten(1, 2).transpose(1, 2).to(query.dtype)
+    return out.unflatten(2, (-1, new)).flatten(1, 2).transpose(1, 2).contiguous().to(query.dtype)
 
 
 def _attend(store: GroupStore, queries: Tensor, new: int, scaling: float) -> Tensor:

@@ -104,6 +104,17 @@ def test_several_new_tokens(kind: str, method: str, calls: list[int]) -> None:
             torch.testing.assert_close(one.rows().float(), two.rows().float(), rtol=1e-3, atol=1.0)  # codes may differ by 1
 
 
+@pytest.mark.parametrize("steps", [[3, 1, 8], [1, 1]], ids=str)
+def test_under_inference_mode(steps: list[int], calls: list[int]) -> None:
+    """Masks made there have no version to tell a changed one by."""
+    model, mask = tiny_model("llama"), padded(70, 51)
+    with torch.inference_mode():
+        got = in_steps(model, KVCache(model, "squat", **OPTIONS), mask, steps)
+    assert calls
+    want = in_steps(model, reading(KVCache(model, "squat", **OPTIONS)), mask, steps)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+
+
 def test_new_tokens_that_read_in_another_order(calls: list[int]) -> None:
     """A tree of candidates, and padding among the new tokens: multiplied out, as they are no plain steps."""
     model, ids = tiny_model("llama"), prompt(2, 70)

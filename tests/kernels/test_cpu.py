@@ -80,6 +80,18 @@ def test_rounded_inputs(width: int, slices: int, segment: int, clip: float, bits
     assert torch.equal(sums, torch.stack([got[:, cut].float().sum(dim=1) for cut in cuts], dim=1))
 
 
+@pytest.mark.parametrize("activation_bits", [4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_with_strides_and_none_at_all(activation_bits: int, dtype: torch.dtype) -> None:
+    packed, scale = packed_case(9, 40, 4, 0)
+    arguments = (packed, scale, None, None, 4, 8, 0, 0, activation_bits, 1, 0.0, False)
+    for x in (torch.randn(40, 5).to(dtype).T, torch.randn(5, 80).to(dtype)[:, ::2], torch.randn(2, 0, 40).to(dtype)):
+        want = mixed_precision_reference(x.contiguous(), *arguments)
+        got = mixed_precision(x, *arguments)
+        assert got.shape == want.shape == (*x.shape[:-1], 9)
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2 * float(want.abs().max()) if want.numel() else 0)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("clip", [0.0, 2.0])
 def test_what_is_not_finite_spoils_its_token_alone(value: float, clip: float) -> None:
