@@ -189,6 +189,8 @@ def _refined(
     found = refine_block(runner, index, layers, prepared.recipe.refine, seed)
     outcome = "refined" if found.better else "kept, for refining gave"
     progress.note(f"block {index}: error of its output {found.before:.4f}, {outcome} {found.after:.4f}")
+    if not found.better:
+        return packed, reports
     packed, after = {}, []
     for report in reports:
         layer = layers[report.name]
