@@ -29,7 +29,8 @@ from compress.kernels.notice import reference_runs
 _PARTS = 8  # of a sum over tokens: whatever the threads, it is added up in the same order
 MOST_TOKENS = 16  # above, weights are multiplied out: they are read once for all tokens, and MKL is faster
 _SCRATCH_BYTES = 2 << 20  # of a weight multiplied out: within any second-level cache and its neighbour
-_SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+_SOURCES = sorted(Path(__file__).parent.glob("cpu_*.cpp"))
+_HEADERS = sorted(Path(__file__).parent.glob("cpu_*.h"))
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
@@ -39,7 +40,8 @@ def compiled() -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     reason = "no C++ compiler was found"
     if compiler and platform.system() == "Linux":
-        key = hashlib.sha256(_SOURCE.read_bytes() + " ".join((compiler, *_FLAGS, _processor())).encode()).hexdigest()[:16]
+        text = b"".join(file.read_bytes() for file in (*_HEADERS, *_SOURCES))
+        key = hashlib.sha256(text + " ".join((compiler, *_FLAGS, _processor())).encode()).hexdigest()[:16]
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspace-compress" / "kernels"
         file = folder / f"{key}.so"
         try:
@@ -48,7 +50,7 @@ def compiled() -> ctypes.CDLL | None:
                 with tempfile.TemporaryDirectory(dir=folder) as scratch:
                     made = Path(scratch) / file.name
                     # torch's own OpenMP runtime is in the process already: two of them would fight for the cores
-                    command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+                    command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)]
                     subprocess.run(command, check=True, capture_output=True, text=True)
                     made.replace(file)
             return ctypes.CDLL(str(file))
@@ -74,15 +76,15 @@ def direct(x: Tensor) -> bool:
 
 def arranged(x_MK: Tensor, segment: int, weight_bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs as `integer_product` takes them, rounded to 15 bits and a sign per segment: codes `[M, K]` int16, scales and
-    sums of the codes `[M, segments]` fp32."""
-    x = x_MK.float().contiguous()
-    tokens, width = x.shape
+    sums of the codes `[M, segments]` fp32. The last dimension of `x_MK`, fp32, must be dense."""
+    tokens, width = x_MK.shape
     codes, scale, sums = _arrangement(tokens, width, segment)
     compiled().arrange(
-        *map(_pointer, (x, codes, scale, sums)),
+        _pointer(x_MK), ctypes.c_long(x_MK.stride(0)),
+        *map(_pointer, (codes, scale, sums)),
         *map(ctypes.c_long, (tokens, width, segment)),
         *map(ctypes.c_int, (weight_bits, torch.get_num_threads())),
-    )
+    )  # fmt: skip
     return codes, scale, sums
 
 

@@ -110,7 +110,7 @@ def sparse_dictionary_cpu(x: Tensor, *stored: Any) -> Tensor:
         runs_here &= mask is not None or units == 0 or learned == 0
     if not runs_here:
         return sparse_dictionary_reference(x, *stored)
-    u_MA = _coded(x.reshape(-1, x.shape[-1]).float(), *stored)
+    u_MA = _coded(x.reshape(-1, x.shape[-1]).float().contiguous(), *stored)
     few = len(u_MA) <= cpu.MOST_TOKENS
     if mask is not None and few:
         y = cpu.sparse_product(u_MA, values, scale, mask, units, bits, group)

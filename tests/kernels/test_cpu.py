@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import warnings
 
@@ -45,8 +46,9 @@ def test_integer_product(bits: int, width: int, group: int) -> None:
     for tokens in TOKENS:
         x = torch.randn(tokens, width) * torch.logspace(-2, 2, width)
         got = cpu.integer_product(cpu.arranged(x, group or width, bits), group or width, packed, scale, bits, group)
-        # half a step of 15 bits for every input, and fp32
+        # half a step of 15 bits for every input, and fp32, in which the offsets of the codes are taken off
         bound = x.abs().amax(dim=1, keepdim=True).double() * weight.abs().sum(dim=1) / 65534 * 1.02
+        bound += x.abs().sum(dim=1, keepdim=True).double() * scale.abs().amax(dim=1).double() * (1 << bits) * 2**-22
         assert ((got - x.double() @ weight.T).abs() <= bound).all()
 
 
@@ -98,8 +100,9 @@ def test_what_is_not_finite_spoils_its_token_alone(value: float, clip: float) ->
     low, low_scale = packed_case(9, 40, 4, 0)
     x = torch.randn(3, 40)
     x[1, 17] = value
-    got = mixed_precision(x, low, low_scale, None, None, 4, 8, 0, 0, 4, 1, clip, False)
-    assert got[1].isnan().all() and got[[0, 2]].isfinite().all()
+    for activation_bits in (4, 16):
+        got = mixed_precision(x, low, low_scale, None, None, 4, 8, 0, 0, activation_bits, 1, clip, False)
+        assert got[1].isnan().all() and got[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -160,6 +163,27 @@ def test_products_by_blocks_of_rows(bits: int, monkeypatch: pytest.MonkeyPatch) 
     if bits < 16:
         integers = (low, low_scale, None, None, bits, 8, 0, 16, 16, 1, 0.0, False)
         assert relative(mixed_precision(x, *integers), mixed_precision_reference(x, *integers)) < 1e-6
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
+@pytest.mark.parametrize("flags", [("-march=x86-64",), ("-march=x86-64-v3", "-D__znver2__")], ids=["no vectors", "slow pdep"])
+def test_other_processors(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this processor does not choose: the loops without vector instructions, and codes cut out without pdep."""
+    monkeypatch.setattr(cpu, "_FLAGS", (*(flag for flag in cpu._FLAGS if flag != "-march=native"), *flags))
+    cpu.compiled.cache_clear()
+    try:
+        for bits in WIDTHS:
+            test_integer_product(bits, 100, 40)
+            test_integers_stay_exact(bits, 31)
+            test_expanded_is_the_weight_and_nothing_else(bits, 100, 40)
+        for bits in (2, 5, 16):
+            for tokens in (1, 3, 17):
+                test_sparse_dictionary((63, 33, 0, 13, True), bits, tokens)
+                test_sparse_dictionary((64, 33, 9, 40, True), bits, tokens)
+        test_rounded_inputs(96, 1, 40, 1.5, 4)
+    finally:
+        monkeypatch.undo()
+        cpu.compiled.cache_clear()
 
 
 def test_without_a_compiler_the_reference_runs_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
