@@ -16,9 +16,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,39 +75,61 @@ def direct(x: Tensor) -> bool:
     return x.device.type == "cpu" and not traced and not (x.requires_grad and torch.is_grad_enabled())
 
 
-def arranged(x_MK: Tensor, segment: int, weight_bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs as `integer_product` takes them, rounded to 15 bits and a sign per segment: codes `[M, K]` int16, scales and
-    sums of the codes `[M, segments]` fp32. The last dimension of `x_MK`, fp32, must be dense."""
-    tokens, width = x_MK.shape
-    codes, scale, sums = _arrangement(tokens, width, segment)
-    compiled().arrange(
-        _pointer(x_MK), ctypes.c_long(x_MK.stride(0)),
-        *map(_pointer, (codes, scale, sums)),
-        *map(ctypes.c_long, (tokens, width, segment)),
-        *map(ctypes.c_int, (weight_bits, torch.get_num_threads())),
+class PackedPart(NamedTuple):
+    """Columns of a weight that are stored together, and how the inputs they meet are rounded.
+
+    `packed` [N, bytes] codes of `bits`, bf16 `scale` for every row and `group_size` columns (0: one). Inputs of `seen_bits`
+    below 16 are rounded per token and slice as `rounded_activation` of mixed_precision does, others to 15 bits per segment.
+    A `segment` of columns lies in one slice and in one group, and begins at a multiple of 8.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    bits: int
+    start: int
+    stop: int
+    group_size: int
+    segment: int
+    seen_bits: int = 16
+    slices: int = 1
+    clip: float = 0.0
+
+
+class _Part(ctypes.Structure):
+    """Part of cpu_inputs.h."""
+
+    _fields_ = [
+        ("packed", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        *((name, ctypes.c_long) for name in ("start", "width", "row_bytes", "group", "groups", "segment", "slice")),
+        ("bits", ctypes.c_int),
+        ("seen_bits", ctypes.c_int),
+        ("clip", ctypes.c_float),
+    ]
+
+
+def integer_linear(x_MK: Tensor, parts: Sequence[PackedPart]) -> Tensor:
+    """`[M, N]`, in the dtype of the inputs, of few tokens and a packed weight, codes against codes."""
+    if x_MK.dtype not in (torch.float32, torch.bfloat16):
+        return integer_linear(x_MK.float(), parts).to(x_MK.dtype)
+    if x_MK.stride(1) != 1:
+        x_MK = x_MK.contiguous()
+    tokens, rows = len(x_MK), len(parts[0].packed)
+    stored = (_Part * len(parts))()
+    for place, part in zip(stored, parts, strict=True):
+        width = part.stop - part.start
+        packed, scale = part.packed, part.scale
+        place.packed, place.scale, place.start, place.width = packed.data_ptr(), scale.data_ptr(), part.start, width
+        place.row_bytes, place.group, place.groups = packed.shape[1], part.group_size or width, scale.shape[1]
+        place.segment, place.slice, place.bits = part.segment, width // part.slices, part.bits
+        place.seen_bits, place.clip = part.seen_bits, part.clip
+    y_MN = x_MK.new_empty(tokens, rows)
+    narrow = ctypes.c_int(x_MK.dtype == torch.bfloat16)
+    compiled().integer_linear(
+        _pointer(x_MK), narrow, ctypes.c_long(x_MK.stride(0)), stored, ctypes.c_int(len(parts)), _pointer(y_MN), narrow,
+        ctypes.c_long(tokens), ctypes.c_long(x_MK.shape[1]), ctypes.c_long(rows), ctypes.c_int(torch.get_num_threads()),
     )  # fmt: skip
-    return codes, scale, sums
-
-
-def _arrangement(tokens: int, width: int, segment: int) -> tuple[Tensor, Tensor, Tensor]:
-    count = -(-width // segment)
-    return torch.empty(tokens, width, dtype=torch.int16), torch.empty(tokens, count), torch.empty(tokens, count)
-
-
-def rounded(
-    x_MK: Tensor, segment: int, bits: int, slices: int, clip: float, weight_bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for inputs that `rounded_activation` of mixed_precision rounds to `bits` per token and slice: its codes, less
-    their zero points. The last dimension of `x_MK`, fp32, must be dense; a slice holds whole segments."""
-    tokens, width = x_MK.shape
-    codes, scale, sums = _arrangement(tokens, width, segment)
-    compiled().round_inputs(
-        _pointer(x_MK), ctypes.c_long(x_MK.stride(0)),
-        *map(_pointer, (codes, scale, sums)),
-        *map(ctypes.c_long, (tokens, width, width // slices, segment)),
-        *map(ctypes.c_int, (bits, weight_bits)), ctypes.c_float(clip), ctypes.c_int(torch.get_num_threads()),
-    )  # fmt: skip
-    return codes, scale, sums
+    return y_MN
 
 
 def butterflies(y: Tensor) -> None:
@@ -115,33 +138,6 @@ def butterflies(y: Tensor) -> None:
     compiled().butterflies(
         _pointer(y), *map(ctypes.c_long, (y.numel() // width, width)), ctypes.c_int(torch.get_num_threads())
     )
-
-
-def integer_product(
-    inputs: tuple[Tensor, Tensor, Tensor],
-    segment: int,
-    packed: Tensor,
-    scale_NG: Tensor,
-    bits: int,
-    group_size: int,
-    add_to: Tensor | None = None,
-) -> Tensor:
-    """`[M, N]` fp32 of arranged inputs and packed weights with bf16 scales; optionally added to a tensor.
-
-    A segment must lie in one group, and begin at a column that is a multiple of 8.
-    """
-    codes, scale, sums = inputs
-    tokens, width = codes.shape
-    rows = len(packed)
-    y = torch.empty(tokens, rows) if add_to is None else add_to
-    compiled().integer_product(
-        *map(_pointer, (codes, scale, sums, packed, scale_NG, y)),
-        *map(ctypes.c_long, (tokens, rows, width, packed.shape[1])),
-        ctypes.c_int(bits),
-        *map(ctypes.c_long, (segment, group_size or width, scale_NG.shape[1])),
-        *map(ctypes.c_int, (add_to is not None, torch.get_num_threads())),
-    )
-    return y
 
 
 def expanded(packed: Tensor, scale_NG: Tensor, bits: int, group_size: int, out_NK: Tensor) -> None:

@@ -55,11 +55,10 @@ static inline float fifteen_bits(const float* from, int16_t* to, long width) {
     return spoils == 0 ? (inverse ? largest / 32767 : 0) : NAN;
 }
 
-// Where an input of a segment lies for weights of `bits`. Four-bit codes lie in fours in 16 bits: within a full block of 32
-// columns the first ones of the fours come first, then the second, third and fourth ones.
-static const long BLOCK = 32;
-static inline long place(long k, long full, int bits) {
-    return bits == 4 && k < full ? k / BLOCK * BLOCK + k % 4 * (BLOCK / 4) + k % BLOCK / 4 : k;
+static inline uint16_t to_bf16(float value) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return value == value ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
 }
 
 #if defined(__AVX2__)

@@ -17,10 +17,8 @@ struct EightBits {
 static const EightBits E4M3;
 
 static inline void put(void* out, long at, float value, int narrow) {
-    if (!narrow) { ((float*)out)[at] = value; return; }
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    ((uint16_t*)out)[at] = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
+    if (narrow) ((uint16_t*)out)[at] = to_bf16(value);
+    else ((float*)out)[at] = value;
 }
 
 // Rows of packed groups where they lie.

@@ -1,13 +1,12 @@
 // Products of few tokens with packed integers, and such weights multiplied out.
 //
 // A decode step reads every weight once, so it takes what reading takes, if unpacking keeps up. Weights meet inputs rounded to
-// 15 bits per segment of columns (an error of 3e-5 of the largest, far below that of bf16; cpu_inputs.cpp) and are multiplied by
-// vpmaddwd: 7 instructions for 32 four-bit weights. Codes stay unsigned; the offset is taken off with the sums of the inputs.
+// 15 bits per segment of columns (an error of 3e-5 of the largest, far below that of bf16), or to the few bits that the model
+// rounds them to (cpu_inputs.h), and are multiplied by vpmaddwd: 7 instructions for 32 four-bit weights. Codes stay unsigned; the
+// offset is taken off with the sums of the inputs.
 //
-// Legend: S segments: runs of `seg` columns that share the scale of the inputs and lie in one group of the weights.
-#include <vector>
-
-#include "cpu_common.h"
+// Legend: S segments: columns that share the scale of the inputs and that of the weight.
+#include "cpu_inputs.h"
 
 #if defined(__AVX2__)
 // The codes of 32 columns as 16-bit integers, in the order of `place`. Of four bits, those in the upper halves are 16 times
@@ -58,31 +57,6 @@ static inline void rest_of_segment(const uint8_t* row, const int16_t* q, long K,
     }
 }
 
-// Runs of columns that share all scales, `full` of them in whole blocks, and what the offsets of the codes add up to per token
-// and group: w_scale times this is taken off every row.
-namespace {
-struct Segment {
-    long start, full, stop, group;
-};
-
-struct Walk {
-    std::vector<Segment> segments;
-    std::vector<float> offset;
-
-    Walk(const float* scale, const float* sum, long M, long K, long seg, long group, long groups, int bits)
-        : offset(M * groups) {
-        for (long start = 0; start < K; start += seg) {
-            const long stop = start + seg < K ? start + seg : K;
-            segments.push_back({start, start + (stop - start) / BLOCK * BLOCK, stop, start / group});
-        }
-        const long S = long(segments.size());
-        for (long m = 0; m < M; m++)
-            for (long s = 0; s < S; s++)
-                offset[m * groups + segments[s].group] += float(1 << (bits - 1)) * sum[m * S + s] * scale[m * S + s];
-    }
-};
-}  // namespace
-
 // The sum of products, in eight parts: one after the other, each would wait for the one before.
 static inline float dot(const uint16_t* a, const float* b, long count) {
     float part[8] = {}, sum = 0;
@@ -94,25 +68,26 @@ static inline float dot(const uint16_t* a, const float* b, long count) {
     return sum;
 }
 
-// R rows from n on: they share every load of the inputs.
+// R rows from n on, M tokens from `first` on: rows share every load of the inputs.
 template <int M, int BITS, int R>
-static inline void integer_rows(const int16_t* q, const float* scale, const Walk& walk, const float* offset, const uint8_t* w,
-                                const uint16_t* w_scale, float* y, long n, long N, long K, long row_bytes, long groups,
-                                int add) {
-    const long S = long(walk.segments.size());
-    const uint8_t* row = w + n * row_bytes;
+static inline void integer_rows(const Inputs& in, long first, const Part& part, float* y, long n, long N) {
+    const long K = in.K, S = in.S, row_bytes = part.row_bytes;
+    const int16_t* q = in.codes.data() + first * K;
+    const float *scale = in.scale.data() + first * S, *offset = in.offset.data() + first * part.groups;
+    const uint8_t* row = part.packed + n * row_bytes;
+    const uint16_t* w_scale = part.scale + n * part.groups;
     float result[M][R] = {};
 #if defined(__AVX2__)
     const long flush = BITS == 4 ? 2048 : 1024;  // columns whose sums fit 32 bits
-    const uint8_t* behind = w + N * row_bytes;
+    const uint8_t* behind = part.packed + N * row_bytes;
     __m256 running[M][R];
     for (int m = 0; m < M; m++)
         for (int r = 0; r < R; r++) running[m][r] = _mm256_setzero_ps();
 #endif
     for (long s = 0; s < S; s++) {
-        const long start = walk.segments[s].start, full = walk.segments[s].full, stop = walk.segments[s].stop;
+        const long start = in.segments[s].start, full = in.segments[s].full, stop = in.segments[s].stop;
         float ws[R];
-        for (int r = 0; r < R; r++) ws[r] = bf16(w_scale[(n + r) * groups + walk.segments[s].group]);
+        for (int r = 0; r < R; r++) ws[r] = bf16(w_scale[r * part.groups + in.segments[s].group]);
         long k = start;
 #if defined(__AVX2__)
         while (k < full) {
@@ -148,45 +123,50 @@ static inline void integer_rows(const int16_t* q, const float* scale, const Walk
     }
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) {
-            result[m][r] -= dot(w_scale + (n + r) * groups, offset + m * groups, groups);
+            result[m][r] -= dot(w_scale + r * part.groups, offset + m * part.groups, part.groups);
 #if defined(__AVX2__)
             const float upper = BITS == 4 ? 1 / 16.0f : 1;
             result[m][r] += total(_mm256_mul_ps(running[m][r], _mm256_set_m128(_mm_set1_ps(upper), _mm_set1_ps(1))));
 #endif
-            float* to = y + m * N + n + r;
-            *to = (add ? *to : 0) + result[m][r];
+            y[(first + m) * N + n + r] += result[m][r];
         }
 }
 
 template <int M, int BITS>
-static void all_rows(const int16_t* q, const float* scale, const Walk& walk, const float* offset, const uint8_t* w,
-                     const uint16_t* w_scale, float* y, long N, long K, long row_bytes, long groups, int add, int threads) {
-    const int R = BITS == 4 ? 4 / M : 1;  // wider codes keep memory busy one row at a time
+static void all_rows(const Inputs& in, long first, const Part& part, float* y, long N, int threads) {
+    const int R = BITS == 4 || BITS == 8 ? 4 / M : 1;  // codes of other widths are cut out one word at a time
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long n = 0; n < N / R; n++)
-        integer_rows<M, BITS, R>(q, scale, walk, offset, w, w_scale, y, n * R, N, K, row_bytes, groups, add);
-    for (long n = N / R * R; n < N; n++)
-        integer_rows<M, BITS, 1>(q, scale, walk, offset, w, w_scale, y, n, N, K, row_bytes, groups, add);
+    for (long n = 0; n < N / R; n++) integer_rows<M, BITS, R>(in, first, part, y, n * R, N);
+    for (long n = N / R * R; n < N; n++) integer_rows<M, BITS, 1>(in, first, part, y, n, N);
 }
 
-extern "C" void integer_product(const int16_t* q, const float* scale, const float* sum, const uint8_t* w,
-                                const uint16_t* w_scale, float* y, long M, long N, long K, long row_bytes, int bits, long seg,
-                                long group, long groups, int add, int threads) {
-    const Walk walk(scale, sum, M, K, seg, group, groups, bits);
-    const long S = long(walk.segments.size());
+static void add_product(const float* x, long stride, const Part& part, float* y, long M, long N, int threads) {
+    const Inputs in(x, stride, M, part, threads);
     for (long m = 0; m < M;) {
         const long step = M - m >= 4 ? 4 : M - m >= 2 ? 2 : 1;
-        auto run = [&](auto function) {
-            function(q + m * K, scale + m * S, walk, walk.offset.data() + m * groups, w, w_scale, y + m * N, N, K, row_bytes,
-                     groups, add, threads);
-        };
-        switch (bits * 8 + step) {
+        auto run = [&](auto function) { function(in, m, part, y, N, threads); };
+        switch (part.bits * 8 + step) {
 #define WIDTH(b) case b * 8 + 1: run(all_rows<1, b>); break; case b * 8 + 2: run(all_rows<2, b>); break; \
                  case b * 8 + 4: run(all_rows<4, b>); break;
             WIDTH(2) WIDTH(3) WIDTH(4) WIDTH(5) WIDTH(6) WIDTH(7) WIDTH(8)
         }
         m += step;
     }
+}
+
+// y [M, N] of inputs [M, K], both in bf16 or in fp32, and a weight in parts.
+extern "C" void integer_linear(const void* x, int x_narrow, long stride, const Part* parts, int count, void* y, int y_narrow,
+                               long M, long K, long N, int threads) {
+    std::vector<float> wide(x_narrow ? M * K : 0), sums(y_narrow ? M * N : 0);
+    if (x_narrow)
+        for (long m = 0; m < M; m++)
+            for (long k = 0; k < K; k++) wide[m * K + k] = bf16(((const uint16_t*)x)[m * stride + k]);
+    const float* from = x_narrow ? wide.data() : (const float*)x;
+    float* to = y_narrow ? sums.data() : (float*)y;
+    if (!y_narrow) std::memset(to, 0, M * N * sizeof(float));
+    for (int p = 0; p < count; p++) add_product(from + parts[p].start, x_narrow ? K : stride, parts[p], to, M, N, threads);
+    if (y_narrow)
+        for (long i = 0; i < M * N; i++) ((uint16_t*)y)[i] = to_bf16(to[i]);
 }
 
 extern "C" void expand_integers(const uint8_t* w, const uint16_t* w_scale, float* out, long N, long K, long row_bytes,

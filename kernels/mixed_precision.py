@@ -176,25 +176,22 @@ def mixed_precision_cpu(x: Tensor, *stored: Any) -> Tensor:
         return mixed_precision_reference(x, *stored)
     if rotate:
         x = rotated(x, high_features)
-    x_TI, y = x.reshape(-1, x.shape[-1]).float().contiguous(), None
-    inputs = [x_TI[:, part.start : part.stop] for part in parts]
-    if len(x_TI) > cpu.MOST_TOKENS:
-        if rounds:
-            seen = [round_activation(i, p.seen_bits, groups, p.clip) for p, i in zip(parts, inputs, strict=True)]
-            x_TI = torch.cat(seen, dim=1)
+    x_TI = x.reshape(-1, x.shape[-1])
+    if len(x_TI) <= cpu.MOST_TOKENS:
+        stored = [
+            cpu.PackedPart(p.packed, p.scale, p.bits, p.start, p.stop, group_size, segment, p.seen_bits, groups, p.clip)
+            for p, segment in zip(parts, ways, strict=True)
+        ]
+        return cpu.integer_linear(x_TI, stored).view(*x.shape[:-1], len(parts[0].packed))
+    x_TI = x_TI.float()
+    if rounds:
+        x_TI = torch.cat([round_activation(x_TI[:, p.start : p.stop], p.seen_bits, groups, p.clip) for p in parts], dim=1)
 
-        def expand(rows: slice, out: Tensor) -> None:
-            for p in parts:
-                cpu.expanded(p.packed[rows], p.scale[rows], p.bits, group_size, out[:, p.start : p.stop])
+    def expand(rows: slice, out: Tensor) -> None:
+        for p in parts:
+            cpu.expanded(p.packed[rows], p.scale[rows], p.bits, group_size, out[:, p.start : p.stop])
 
-        y = cpu.product_by_blocks(x_TI, len(parts[0].packed), expand)
-        return y.to(x.dtype).view(*x.shape[:-1], len(parts[0].packed))
-    for part, seen, segment in zip(parts, inputs, ways, strict=True):
-        if rounds:
-            arranged = cpu.rounded(seen, segment, part.seen_bits, groups, part.clip, part.bits)
-        else:
-            arranged = cpu.arranged(seen, segment, part.bits)
-        y = cpu.integer_product(arranged, segment, part.packed, part.scale, part.bits, group_size, add_to=y)
+    y = cpu.product_by_blocks(x_TI, len(parts[0].packed), expand)
     return y.to(x.dtype).view(*x.shape[:-1], len(parts[0].packed))
 
 

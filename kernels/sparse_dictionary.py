@@ -123,8 +123,8 @@ def sparse_dictionary_cpu(x: Tensor, *stored: Any) -> Tensor:
     elif bits == 16:
         y = u_MA @ values.float().T
     elif few:
-        segment = group or u_MA.shape[1]
-        y = cpu.integer_product(cpu.arranged(u_MA, segment, bits), segment, values, scale, bits, group)
+        width = u_MA.shape[1]
+        y = cpu.integer_linear(u_MA, [cpu.PackedPart(values, scale, bits, 0, width, group, group or width)])
     else:
 
         def expand(rows: slice, out: Tensor) -> None:
