@@ -19,13 +19,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from compress.kernels.layout import outer_stride, tokens_of_row
 from compress.kernels.notice import reference_runs
+from compress.kernels.part import Part
 
 _PARTS = 8  # of a sum over tokens: whatever the threads, it is added up in the same order
 MOST_TOKENS = 16  # above, weights are multiplied out: they are read once for all tokens, and MKL is faster
@@ -75,28 +75,8 @@ def direct(x: Tensor) -> bool:
     return x.device.type == "cpu" and not traced and not (x.requires_grad and torch.is_grad_enabled())
 
 
-class PackedPart(NamedTuple):
-    """Columns of a weight that are stored together, and how the inputs they meet are rounded.
-
-    `packed` [N, bytes] codes of `bits`, bf16 `scale` for every row and `group_size` columns (0: one). Inputs of `seen_bits`
-    below 16 are rounded per token and slice as `rounded_activation` of mixed_precision does, others to 15 bits per segment.
-    A `segment` of columns lies in one slice and in one group, and begins at a multiple of 8.
-    """
-
-    packed: Tensor
-    scale: Tensor
-    bits: int
-    start: int
-    stop: int
-    group_size: int
-    segment: int
-    seen_bits: int = 16
-    slices: int = 1
-    clip: float = 0.0
-
-
 class _Part(ctypes.Structure):
-    """Part of cpu_inputs.h."""
+    """Part of cpu_inputs.h: `compress.kernels.part.Part` as C++ has it."""
 
     _fields_ = [
         ("packed", ctypes.c_void_p),
@@ -108,8 +88,11 @@ class _Part(ctypes.Structure):
     ]
 
 
-def integer_linear(x_MK: Tensor, parts: Sequence[PackedPart]) -> Tensor:
-    """`[M, N]`, in the dtype of the inputs, of few tokens and a packed weight, codes against codes."""
+def integer_linear(x_MK: Tensor, parts: Sequence[Part]) -> Tensor:
+    """`[M, N]`, in the dtype of the inputs, of few tokens and a packed weight with bf16 scales, codes against codes.
+
+    Inputs that the model does not round are rounded to 15 bits and a sign per segment, which must begin at multiples of 8.
+    """
     if x_MK.dtype not in (torch.float32, torch.bfloat16):
         return integer_linear(x_MK.float(), parts).to(x_MK.dtype)
     if x_MK.stride(1) != 1:
@@ -117,8 +100,7 @@ def integer_linear(x_MK: Tensor, parts: Sequence[PackedPart]) -> Tensor:
     tokens, rows = len(x_MK), len(parts[0].packed)
     stored = (_Part * len(parts))()
     for place, part in zip(stored, parts, strict=True):
-        width = part.stop - part.start
-        packed, scale = part.packed, part.scale
+        packed, scale, width = part.packed, part.scale, part.width
         place.packed, place.scale, place.start, place.width = packed.data_ptr(), scale.data_ptr(), part.start, width
         place.row_bytes, place.group, place.groups = packed.shape[1], part.group_size or width, scale.shape[1]
         place.segment, place.slice, place.bits = part.segment, width // part.slices, part.bits

@@ -17,16 +17,14 @@ Legend: M tokens, N output neurons, runs: columns whose codes fill whole bytes; 
 from __future__ import annotations
 
 from math import gcd
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from compress.kernels.gpu import hopper, triton
 from compress.kernels.gpu_rounding import Codes, planes
-
-if TYPE_CHECKING:
-    from compress.kernels.mixed_precision import Part
+from compress.kernels.part import Part
 
 
 class Tile(NamedTuple):
@@ -118,15 +116,15 @@ if triton:
         tl.store(to, total.to(y.dtype.element_ty), mask=(n0 + n < N) & (m0 + m < M))
 
 
-def product(seen: list[Codes], parts: list[Part], group_size: int, segments: list[int], dtype: torch.dtype) -> Tensor:
-    """`[M, N]` of the rounded inputs of every part, and parts whose columns share all scales in runs of `segments`."""
+def product(seen: list[Codes], parts: list[Part], dtype: torch.dtype) -> Tensor:
+    """`[M, N]` of the rounded inputs of every part."""
     tokens, rows = len(seen[0].codes), len(parts[0].packed)
     y = torch.empty(tokens, rows, dtype=dtype, device=seen[0].codes.device)
     arguments, described = [], []
-    for codes, part, columns in zip(seen, parts, segments, strict=True):
-        width, run, slices = part.stop - part.start, planes(part.bits), codes.scale.shape[1]
-        runs, group = -(-width // run), -(-(group_size or width) // run)
-        segment = runs if columns >= width else columns // run
+    for codes, part in zip(seen, parts, strict=True):
+        width, run, slices = part.width, planes(part.bits), codes.scale.shape[1]
+        runs, group = -(-width // run), -(-(part.group_size or width) // run)
+        segment = runs if part.segment >= width else part.segment // run
         align = gcd(16, runs, segment)
         described.append((part.bits, codes.zero is not None, align, segment))
         arguments += [

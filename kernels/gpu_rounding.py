@@ -39,12 +39,16 @@ if triton:
 
     @triton.jit
     def scale_and_zero(least, most, squares, count, top, clip):
-        """Of some inputs, from their extremes, the sum of their squares and their number, fp32."""
+        """Of some inputs, from their extremes, the sum of their squares and their number, fp32.
+
+        Extremes pass a NaN by, the sum does not: it makes the scale, and so the token, NaN, as an infinite range does.
+        """
         bound = tl.where(clip > 0, clip * tl.sqrt_rn(tl.div_rn(squares, count)), float("inf"))
         least = tl.maximum(tl.minimum(least, 0.0), -bound)
         most = tl.minimum(tl.maximum(most, 0.0), bound)
         scale = tl.div_rn(most - least, top)
         scale = tl.where(scale > 0, scale, 1.0)
+        scale = tl.where((squares == squares) & (scale < float("inf")), scale, float("nan"))
         return scale, _nearest(tl.div_rn(-least, scale))
 
     @triton.jit

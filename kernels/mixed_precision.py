@@ -24,7 +24,6 @@ Legend: T tokens, K columns of a part, N output neurons, G segments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -35,6 +34,7 @@ from compress.kernels import cpu, gpu, gpu_hadamard, gpu_rounded, gpu_rounding
 from compress.kernels.hadamard import gpu_base, hadamard, hadamard_cpu
 from compress.kernels.notice import reference_runs
 from compress.kernels.pack import unpack_signed
+from compress.kernels.part import Part, segment_of
 
 _EXACT = 1 << 24  # integers up to here are exact in fp32
 
@@ -84,27 +84,20 @@ def rotated(x: Tensor, high_features: int) -> Tensor:
     return torch.cat([transform(low), high], dim=-1) if high_features else transform(low)
 
 
-@dataclass(frozen=True)
-class Part:
-    """The low or the high columns of a weight, `start` to `stop`, and how the inputs they meet are rounded."""
-
-    packed: Tensor
-    scale: Tensor
-    bits: int
-    start: int
-    stop: int
-    seen_bits: int
-    clip: float
-
-
 def _parts(
     width: int, low: Tensor, low_scale: Tensor, high: Tensor | None, high_scale: Tensor | None, bits: int, high_bits: int,
     high_features: int, group_size: int, activation_bits: int, activation_groups: int, clip: float, rotate: bool,
 ) -> list[Part]:  # fmt: skip
+    slices = activation_groups if activation_bits < 16 else 1
+
+    def part(packed: Tensor, scale: Tensor, bits: int, start: int, stop: int, seen_bits: int, clip: float) -> Part:
+        segment = segment_of(stop - start, group_size, slices)
+        return Part(packed, scale, bits, start, stop, group_size, segment, seen_bits, slices, clip)
+
     low_width = width - high_features
-    parts = [Part(low, low_scale, bits, 0, low_width, activation_bits, clip if activation_bits < 8 else 0.0)]
+    parts = [part(low, low_scale, bits, 0, low_width, activation_bits, clip if activation_bits < 8 else 0.0)]
     if high is not None:
-        parts.append(Part(high, high_scale, high_bits, low_width, width, max(high_bits, activation_bits), 0.0))
+        parts.append(part(high, high_scale, high_bits, low_width, width, max(high_bits, activation_bits), 0.0))
     return parts
 
 
@@ -117,14 +110,13 @@ def _exact_product(x_TK: Tensor, w_NK: Tensor, largest: int) -> Tensor:
     return total
 
 
-def _integer_part(x_TK: Tensor, part: Part, group_size: int, activation_groups: int) -> Tensor:
-    width = x_TK.shape[1]
-    codes, scale, zero = rounded_activation(x_TK, part.seen_bits, activation_groups, part.clip)
+def _integer_part(x_TK: Tensor, part: Part) -> Tensor:
+    codes, scale, zero = rounded_activation(x_TK, part.seen_bits, part.slices, part.clip)
     middle = 1 << (part.seen_bits - 1)  # centred, both factors are small and their products exact for longer
     codes, zero = codes - middle, zero - middle
-    weight = unpack_signed(part.packed, part.bits, width).float()
+    weight = unpack_signed(part.packed, part.bits, part.width).float()
     y = torch.zeros(len(x_TK), len(weight), dtype=torch.float32, device=x_TK.device)
-    for a, b, g, h in segments(width, group_size, activation_groups):
+    for a, b, g, h in segments(part.width, part.group_size, part.slices):
         product = _exact_product(codes[:, a:b], weight[:, a:b], middle << (part.bits - 1))
         product -= zero[:, h : h + 1].to(torch.int32) * weight[:, a:b].int().sum(dim=1).int()
         y += scale[:, h : h + 1] * part.scale[:, g].float() * product
@@ -155,9 +147,9 @@ def mixed_precision_reference(
         x = rotated(x, high_features)
     x_TI = x.reshape(-1, x.shape[-1])
     if activation_bits == 16:
-        weights = [dequantize_part(p.packed, p.scale, p.bits, p.stop - p.start, group_size) for p in parts]
+        weights = [dequantize_part(p.packed, p.scale, p.bits, p.width, group_size) for p in parts]
         return (x_TI @ torch.cat(weights, dim=1).to(x.dtype).T).view(*x.shape[:-1], len(parts[0].packed))
-    y = sum(_integer_part(x_TI[:, part.start : part.stop], part, group_size, activation_groups) for part in parts)
+    y = sum(_integer_part(x_TI[:, part.start : part.stop], part) for part in parts)
     return y.to(x.dtype).view(*x.shape[:-1], len(parts[0].packed))
 
 
@@ -169,23 +161,19 @@ def mixed_precision_cpu(x: Tensor, *stored: Any) -> Tensor:
     """Few tokens: codes against codes, without a weight. Many: the weight multiplied out by blocks of rows, in fp32."""
     *_, high_features, group_size, activation_bits, groups, _, rotate = stored
     rounds, parts = activation_bits < 16, _parts(x.shape[-1], *stored)
-    ways = [_segment(part.stop - part.start, group_size, groups if rounds else 1) for part in parts]
-    if not all(ways):
+    whole = all(part.segment for part in parts)
+    if not whole:
         reference_runs(f"no CPU kernel walks groups of {group_size} in {groups} slices")
-    if not all(ways) or not cpu.usable(x) or parts[0].scale.dtype != torch.bfloat16:
+    if not whole or not cpu.usable(x) or parts[0].scale.dtype != torch.bfloat16:
         return mixed_precision_reference(x, *stored)
     if rotate:
         x = rotated(x, high_features)
     x_TI = x.reshape(-1, x.shape[-1])
     if len(x_TI) <= cpu.MOST_TOKENS:
-        stored = [
-            cpu.PackedPart(p.packed, p.scale, p.bits, p.start, p.stop, group_size, segment, p.seen_bits, groups, p.clip)
-            for p, segment in zip(parts, ways, strict=True)
-        ]
-        return cpu.integer_linear(x_TI, stored).view(*x.shape[:-1], len(parts[0].packed))
+        return cpu.integer_linear(x_TI, parts).view(*x.shape[:-1], len(parts[0].packed))
     x_TI = x_TI.float()
     if rounds:
-        x_TI = torch.cat([round_activation(x_TI[:, p.start : p.stop], p.seen_bits, groups, p.clip) for p in parts], dim=1)
+        x_TI = torch.cat([round_activation(x_TI[:, p.start : p.stop], p.seen_bits, p.slices, p.clip) for p in parts], dim=1)
 
     def expand(rows: slice, out: Tensor) -> None:
         for p in parts:
@@ -200,14 +188,13 @@ def mixed_precision_cuda(x: Tensor, *stored: Any) -> Tensor:
     """Rounded inputs: int8 tensor cores. Others: the packed codes if there are few, the weight expanded once if many."""
     *_, high_features, group_size, activation_bits, groups, _, rotate = stored
     rounds, parts = activation_bits < 16, _parts(x.shape[-1], *stored)
-    ways = [_segment(part.stop - part.start, group_size, groups) for part in parts]
-    whole = all(ways) if rounds else group_size % 8 == 0
+    whole = all(part.segment for part in parts) if rounds else group_size % 8 == 0
     if not whole:
         reference_runs(f"no GPU kernel walks groups of {group_size} in {groups} slices; multiples of 8 have one")
     if not whole or not gpu.usable(x):
         return mixed_precision_reference(x, *stored)
     if rounds:
-        y = gpu_rounded.product(_gpu_codes(x, parts, groups, rotate), parts, group_size, ways, x.dtype)
+        y = gpu_rounded.product(_gpu_codes(x, parts, rotate), parts, x.dtype)
         return y.view(*x.shape[:-1], len(parts[0].packed))
     x_TI = (rotated(x, high_features) if rotate else x).reshape(-1, x.shape[-1]).contiguous()
     if len(x_TI) > gpu.MOST_TOKENS:
@@ -221,11 +208,11 @@ def mixed_precision_cuda(x: Tensor, *stored: Any) -> Tensor:
     return y.to(x.dtype).view(*x.shape[:-1], len(parts[0].packed))
 
 
-def _gpu_codes(x: Tensor, parts: list[Part], groups: int, rotate: bool) -> list[gpu_rounding.Codes]:
+def _gpu_codes(x: Tensor, parts: list[Part], rotate: bool) -> list[gpu_rounding.Codes]:
     """The rounded inputs of every part; transformed in the same pass where a program can hold the low part of a token."""
     x_TI, width = x.reshape(-1, x.shape[-1]).contiguous(), parts[0].stop
     known = gpu_base(x, width) if rotate else None
-    fused = known and known[1].whole and groups == 1
+    fused = known and known[1].whole and parts[0].slices == 1
     if rotate and not fused:
         x_TI = rotated(x_TI, x.shape[-1] - width)
     codes = []
@@ -234,16 +221,8 @@ def _gpu_codes(x: Tensor, parts: list[Part], groups: int, rotate: bool) -> list[
         if fused and part.start == 0:
             codes.append(gpu_hadamard.rounded(seen, *known, *how))
         else:
-            codes.append(gpu_rounding.rounded(seen, groups, *how))
+            codes.append(gpu_rounding.rounded(seen, part.slices, *how))
     return codes
-
-
-def _segment(width: int, group_size: int, slices: int) -> int:
-    """Columns that share all scales, as kernels walk them; 0 where they cannot."""
-    step, of_slice = group_size or width, width // slices
-    segment = step if slices == 1 else of_slice
-    fits = slices == 1 or step % of_slice == 0
-    return segment if fits and (segment == width or segment % 8 == 0) else 0
 
 
 @mixed_precision.register_fake

@@ -176,4 +176,10 @@ for width, bits, weight_bits, dtype in (
 for high, activation_bits, slices in ((0, 4, 1), (32, 4, 1), (8, 8, 1), (32, 4, 2)):
     x = torch.randint(-50, 51, (5, 256 + high)).float()
     note_product(f"rotated {high} {activation_bits} {slices}", x, 4, 8, high, 7, 0, activation_bits, slices, 0.0, True)
+for value in (torch.nan, torch.inf, -torch.inf):  # what is not finite spoils its token alone
+    for clip, rotate in ((0.0, False), (2.5, False), (0.0, True)):
+        x, (low, scale) = torch.randn(3, 64), packed_part(7, 64, 4, 0)
+        x[1, 17] = value
+        y = mixed_precision_cuda(x, low, scale, None, None, 4, 8, 0, 0, 4, 1, clip, rotate)
+        errors[f"{value} clip {clip} rotate {rotate}"] = share(y.isfinite() == torch.tensor([[False], [True], [False]]))
 sys.stdout.write(json.dumps(errors))

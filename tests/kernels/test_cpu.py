@@ -19,6 +19,7 @@ from compress.kernels.mixed_precision import (
     rounded_activation,
 )
 from compress.kernels.pack import pack_signed, unpack_signed
+from compress.kernels.part import Part
 from compress.kernels.sparse_dictionary import sparse_dictionary, sparse_dictionary_reference
 from kernels.test_sparse_dictionary import case
 
@@ -46,7 +47,7 @@ def test_integer_product(bits: int, width: int, group: int) -> None:
     weight = dequantize_part(packed, scale, bits, width, group).double()
     for tokens in TOKENS:
         x = torch.randn(tokens, width) * torch.logspace(-2, 2, width)
-        got = cpu.integer_linear(x, [cpu.PackedPart(packed, scale, bits, 0, width, group, group or width)])
+        got = cpu.integer_linear(x, [Part(packed, scale, bits, 0, width, group, group or width)])
         # half a step of 15 bits for every input, and fp32, in which the offsets of the codes are taken off
         bound = x.abs().amax(dim=1, keepdim=True).double() * weight.abs().sum(dim=1) / 65534 * 1.02
         bound += x.abs().sum(dim=1, keepdim=True).double() * scale.abs().amax(dim=1).double() * (1 << bits) * 2**-22
@@ -61,7 +62,7 @@ def test_integers_stay_exact(bits: int, tail: int) -> None:
     packed, scale = packed_case(5, width, bits, 0)
     x = torch.randint(-100, 156, (3, width)).float()
     x[:, 0], x[:, -1] = -100, 155
-    got = cpu.integer_linear(x, [cpu.PackedPart(packed, torch.ones_like(scale), bits, 0, width, 0, width, seen_bits=8)])
+    got = cpu.integer_linear(x, [Part(packed, torch.ones_like(scale), bits, 0, width, 0, width, seen_bits=8)])
     assert torch.equal(got.double(), x.double() @ unpack_signed(packed, bits, width).double().T)
 
 
@@ -74,7 +75,7 @@ def test_rounded_inputs(width: int, slices: int, segment: int, clip: float, bits
     x[1], x[2], x[3], x[4, 0] = 0, x[2].abs(), -x[3].abs(), 100
     packed, group = pack_signed(torch.eye(width).int(), 4), segment if slices == 1 else 0
     scale = torch.ones(width, -(-width // (group or width))).bfloat16()
-    part = cpu.PackedPart(packed, scale, 4, 0, width, group, segment, bits, slices, clip)
+    part = Part(packed, scale, 4, 0, width, group, segment, bits, slices, clip)
     got, want = cpu.integer_linear(x, [part]), round_activation(x, bits, slices, clip)
     step = rounded_activation(x, bits, slices, clip)[1].repeat_interleave(width // slices, dim=1)
     # offsets of 8 times the sum of the codes are taken off in fp32: .012 of a step at worst. The mean square is added up in
