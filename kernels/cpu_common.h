@@ -62,6 +62,15 @@ static inline uint16_t to_bf16(float value) {  // to nearest, ties to even
 }
 
 #if defined(__AVX2__)
+// sums plus products of pairs of 16-bit integers
+static inline __m256i plus_pairs(__m256i sums, __m256i a, __m256i b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpwssd_epi32(sums, a, b);
+#else
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+#endif
+}
+
 static inline float total(__m256 v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));

@@ -104,9 +104,8 @@ static inline void integer_rows(const Inputs& in, long first, const Part& part, 
                     block_of_codes<BITS>(at, k, behind, a, b);
                     for (int m = 0; m < M; m++) {
                         const int16_t* x = q + m * K + k;
-                        const __m256i one = _mm256_madd_epi16(a, _mm256_loadu_si256((const __m256i*)x));
-                        const __m256i two = _mm256_madd_epi16(b, _mm256_loadu_si256((const __m256i*)(x + 16)));
-                        acc[m][r] = _mm256_add_epi32(acc[m][r], _mm256_add_epi32(one, two));
+                        acc[m][r] = plus_pairs(acc[m][r], a, _mm256_loadu_si256((const __m256i*)x));
+                        acc[m][r] = plus_pairs(acc[m][r], b, _mm256_loadu_si256((const __m256i*)(x + 16)));
                     }
                 }
             for (int m = 0; m < M; m++)

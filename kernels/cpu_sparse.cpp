@@ -46,11 +46,29 @@ static void sparse_rows(const float* x, const uint16_t* values, const uint8_t* m
     for (long n = 0; n < N; n++) {
         const uint16_t* value = values + n * s;
         const uint8_t* bits = mask + n * mask_bytes;
+        const uint16_t* end = values + N * s;  // of all rows: what a vector may read past this row is another's
         float result[M] = {};
         long byte = 0;
+#if defined(__AVX512VBMI2__) && defined(__AVX512BW__)
+        __m512 lower[M], upper[M];  // one instruction spreads 32 values
+        for (int m = 0; m < M; m++) lower[m] = upper[m] = _mm512_setzero_ps();
+        for (; byte + 4 <= A / 8 && value + 32 <= end; byte += 4) {
+            uint32_t pattern;
+            std::memcpy(&pattern, bits + byte, 4);
+            const __m512i spread = _mm512_maskz_expand_epi16(pattern, _mm512_loadu_si512(value));
+            const __m512i first = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(spread)), 16);
+            const __m512i second = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(spread, 1)), 16);
+            for (int m = 0; m < M; m++) {
+                const float* from = x + m * A + 8 * byte;
+                lower[m] = _mm512_fmadd_ps(_mm512_castsi512_ps(first), _mm512_loadu_ps(from), lower[m]);
+                upper[m] = _mm512_fmadd_ps(_mm512_castsi512_ps(second), _mm512_loadu_ps(from + 16), upper[m]);
+            }
+            value += __builtin_popcount(pattern);
+        }
+        for (int m = 0; m < M; m++) result[m] += _mm512_reduce_add_ps(_mm512_add_ps(lower[m], upper[m]));
+#endif
 #if defined(__AVX2__)
-        const int U = M == 1 ? 4 : 2;               // sums that do not wait for each other
-        const uint16_t* end = values + N * s;  // of all rows: what a vector may read past this row is another's
+        const int U = M == 1 ? 4 : 2;  // sums that do not wait for each other
         __m256 acc[M][U];
         for (int m = 0; m < M; m++)
             for (int u = 0; u < U; u++) acc[m][u] = _mm256_setzero_ps();
@@ -64,7 +82,7 @@ static void sparse_rows(const float* x, const uint16_t* values, const uint8_t* m
             }
         for (int m = 0; m < M; m++) {
             for (int u = 1; u < U; u++) acc[m][0] = _mm256_add_ps(acc[m][0], acc[m][u]);
-            result[m] = total(acc[m][0]);
+            result[m] += total(acc[m][0]);
         }
 #endif
         for (; byte < mask_bytes; byte++)
