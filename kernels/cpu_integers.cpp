@@ -9,6 +9,31 @@
 #include "cpu_inputs.h"
 
 #if defined(__AVX2__)
+// How 16 codes come out of 2 BITS bytes: the two bytes that hold a code go to its 16 bits, a factor shifts it to their top.
+template <int BITS>
+struct Cut {
+    alignas(32) uint8_t from[32];
+    alignas(32) uint16_t factor[16];
+    constexpr Cut() : from(), factor() {
+        for (int i = 0; i < 16; i++) {
+            const int byte = i * BITS / 8, shift = i * BITS % 8;
+            from[2 * i] = uint8_t(byte);
+            from[2 * i + 1] = uint8_t(byte + 1);
+            factor[i] = uint16_t(1 << (16 - BITS - shift));
+        }
+    }
+};
+template <int BITS>
+static constexpr Cut<BITS> CUT{};
+
+template <int BITS>
+static inline __m256i sixteen_codes(const uint8_t* at) {
+    const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)at));
+    const __m256i pairs = _mm256_shuffle_epi8(twice, _mm256_load_si256((const __m256i*)CUT<BITS>.from));
+    const __m256i top = _mm256_mullo_epi16(pairs, _mm256_load_si256((const __m256i*)CUT<BITS>.factor));
+    return _mm256_srli_epi16(top, 16 - BITS);
+}
+
 // The codes of 32 columns as 16-bit integers, in the order of `place`. Of four bits, those in the upper halves are 16 times
 // too large: they stay where they lie in their byte.
 template <int BITS>
@@ -23,11 +48,13 @@ static inline void block_of_codes(const uint8_t* row, long k, const uint8_t* beh
         b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(row + k + 16)));
     } else {
         const uint8_t* at = row + k / 8 * BITS;
-        const bool inside = at + 3 * BITS + 8 <= behind;  // one load of 8 bytes, where they are there
-        uint64_t eight[4];
-        for (int i = 0; i < 4; i++) eight[i] = eight_codes(at + i * BITS, BITS, inside ? 8 : BITS);
-        a = _mm256_cvtepu8_epi16(_mm_set_epi64x(eight[1], eight[0]));
-        b = _mm256_cvtepu8_epi16(_mm_set_epi64x(eight[3], eight[2]));
+        uint8_t last[32];
+        if (at + 2 * BITS + 16 > behind) {  // 16 bytes are loaded for 16 codes, which may be more than there are
+            std::memcpy(last, at, 4 * BITS);
+            at = last;
+        }
+        a = sixteen_codes<BITS>(at);
+        b = sixteen_codes<BITS>(at + 2 * BITS);
     }
 }
 #endif
@@ -133,7 +160,7 @@ static inline void integer_rows(const Inputs& in, long first, const Part& part, 
 
 template <int M, int BITS>
 static void all_rows(const Inputs& in, long first, const Part& part, float* y, long N, int threads) {
-    const int R = BITS == 4 || BITS == 8 ? 4 / M : 1;  // codes of other widths are cut out one word at a time
+    const int R = 4 / M;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long n = 0; n < N / R; n++) integer_rows<M, BITS, R>(in, first, part, y, n * R, N);
     for (long n = N / R * R; n < N; n++) integer_rows<M, BITS, 1>(in, first, part, y, n, N);
