@@ -2,9 +2,9 @@
 
 Every matrix is compressed in the ways its rule leaves open (`kinds` and `alternatives` of its method), on statistics of the
 original model, and each is priced by what it does to the output. For rules with `allocation: search` an error counts by the
-sensitivity of the output neuron it falls on (`compress.calibrate.sensitivity`), in nats of KL per token:
+sensitivity of the output neuron and of the tokens it falls on (`compress.calibrate.sensitivity`), in nats of KL per token:
 
-    1/2 sum over output neurons n of f_n (w_n - what_n) G (w_n - what_n)^T
+    1/2 sum over output neurons n of f_n (w_n - what_n) E[s x x^T] / E[s] (w_n - what_n)^T
 
 and the bytes of all matrices of the rule are spread at the least total price (`compress.knapsack`). Without search f is one:
 alternatives of one matrix are compared by its output error at equal bytes.
@@ -35,7 +35,7 @@ from compress import methods
 from compress.blockwise import Progress, filled_layer, second_moment, start_runner
 from compress.calibrate import data
 from compress.calibrate.blocks import BlockRunner
-from compress.calibrate.sensitivity import StoredStates, output_gradients, through_block
+from compress.calibrate.sensitivity import Sensitivity, StoredStates, output_gradients, through_block
 from compress.errors import CompressError
 from compress.jsonfile import read_json
 from compress.knapsack import choose
@@ -114,6 +114,8 @@ def trial_flops(prepared: Prepared) -> float:
     # of a search: there, once more for the Gram matrices, and there and back for half of the tokens
     passes = 3.5 if any(_minds(job, "allocation", "search") for job in jobs) else 1
     total = 2.0 * tokens * weights * passes
+    if passes > 1:  # moments that count tokens by their gradients, of every matrix
+        total += 1.2 * min(_BACKWARD, tokens) * sum(job.spec["in_features"] ** 2 for job in prepared.plan.jobs)
     forms = _Forms()
     for job in jobs:
         method, whole = methods.load(job.rule.method), job.rule.options
@@ -175,14 +177,17 @@ def _trials(
         linears = {job.name: model.get_submodule(job.name) for job in here}
         if here:
             grams = runner.grams(index, linears, keep=False)
+        minded: dict[str, Sensitivity] = {}
         if gradients is not None:
-            gradients[:], of_block = through_block(runner, index, gradients, linears)
-            sensitivity.update(of_block)
+            gradients[:], minded = through_block(runner, index, gradients, linears)
+            sensitivity.update({name: one.outputs_N for name, one in minded.items()})
         moments: dict[int, SecondMoment] = {}
         for job in here:
             moments.setdefault(id(grams[job.name]), second_moment(grams[job.name]))
-            inputs = moments[id(grams[job.name])].for_outputs(sensitivity.get(job.name))
-            found[job.name] = _tried(prepared, job, inputs, forms)
+            inputs = judge = moments[id(grams[job.name])].for_outputs(sensitivity.get(job.name))
+            if job.name in minded and minded[job.name].inputs_II is not None:
+                judge = SecondMoment(minded[job.name].inputs_II)
+            found[job.name] = _tried(prepared, job, inputs, judge, forms)
         if len(found) * 5 // len(jobs) > (len(found) - len(here)) * 5 // len(jobs):
             progress.note(f"tried {len(found)} of {len(jobs)} matrices")
         give_back_freed_memory()
@@ -238,8 +243,9 @@ class _Forms:
         return job.name.rpartition(".")[2], job.spec["in_features"], job.spec["out_features"], job.rule
 
 
-def _tried(prepared: Prepared, job: Job, inputs: SecondMoment, forms: _Forms) -> list[Candidate]:
-    """What the alternatives of a matrix cost: all sizes of the form that is best at the size it would have by itself."""
+def _tried(prepared: Prepared, job: Job, inputs: SecondMoment, judge: SecondMoment, forms: _Forms) -> list[Candidate]:
+    """What the alternatives of a matrix, fitted to its inputs, cost by the moments of a judge: all sizes of the form that is
+    best at the size it would have by itself."""
     method, whole = methods.load(job.rule.method), job.rule.options
     site = methods.Site(job.spec["in_features"], job.spec["out_features"])
     weight = prepared.source.read(f"{job.name}.weight").to(prepared.device, torch.float32)
@@ -256,7 +262,7 @@ def _tried(prepared: Prepared, job: Job, inputs: SecondMoment, forms: _Forms) ->
         key = json.dumps(spec, sort_keys=True)
         if key not in found:
             try:
-                error, price = _priced(method, options, weight, inputs, spec)
+                error, price = _priced(method, options, weight, inputs, judge, spec)
             except (ValueError, torch.linalg.LinAlgError) as failure:
                 raise CompressError(f"{job.name}: {failure}") from failure
             changed = {name: value for name, value in options.model_dump().items() if value != before[name]}
@@ -281,7 +287,12 @@ def _tried(prepared: Prepared, job: Job, inputs: SecondMoment, forms: _Forms) ->
 
 
 def _priced(
-    method: ModuleType, options: methods.MethodConfig, weight: Tensor, inputs: SecondMoment, spec: Spec
+    method: ModuleType,
+    options: methods.MethodConfig,
+    weight: Tensor,
+    inputs: SecondMoment,
+    judge: SecondMoment,
+    spec: Spec,
 ) -> tuple[float, float]:
     """Relative output error and price of one way to store a matrix, from a sample of its neurons where that will do."""
     importance = inputs.importance_N
@@ -294,8 +305,8 @@ def _priced(
     quick = method.quick(options) if hasattr(method, "quick") else options
     tensors = method.compress(weight, inputs, spec, quick)
     approximation = filled_layer(spec, tensors, weight.device).dense_weight()
-    errors = inputs.errors(weight, approximation)
-    price = float(errors.sum() if importance is None else errors @ importance.to(errors.device) / 2)
+    errors, judged = inputs.errors(weight, approximation), judge.errors(weight, approximation)
+    price = float(judged.sum() if importance is None else judged @ importance.to(judged.device) / 2)
     return relative(errors, inputs.energy(weight)), share * price
 
 

@@ -80,21 +80,27 @@ def test_sensitivity_equals_the_gradient_of_the_whole_model(family: str, tmp_pat
         found.update(of_block)
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
     for module_name in found:
-        model.get_submodule(module_name).register_forward_hook(
-            lambda module, args, output, name=module_name: outputs.update({name: output})
-        )
+        module = model.get_submodule(module_name)
+        module.register_forward_pre_hook(lambda module, args, name=module_name: inputs.update({name: args[0]}))
+        module.register_forward_hook(lambda module, args, output, name=module_name: outputs.update({name: output}))
     generator, expected, count = torch.Generator().manual_seed(3), dict.fromkeys(found, 0.0), 0
+    weighted = dict.fromkeys(found, 0.0)
     for ids, _ in runner.batches:
         logits = model(ids).logits.flatten(0, 1)
         sampled = torch.multinomial(logits.softmax(dim=-1).detach(), 1, generator=generator).squeeze(1)
         loss = torch.nn.functional.cross_entropy(logits, sampled, reduction="sum")
         for key, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
-            expected[key] = expected[key] + gradient.flatten(0, 1).double().square().sum(dim=0)
+            squares, x = gradient.flatten(0, 1).double().square(), inputs[key].detach().flatten(0, 1).double()
+            expected[key] = expected[key] + squares.sum(dim=0)
+            weighted[key] = weighted[key] + x.T @ (x * squares.sum(dim=1, keepdim=True))
         count += ids.numel()
     for key, value in found.items():
-        assert torch.allclose(value, expected[key] / count, rtol=1e-3, atol=1e-9)
+        assert torch.allclose(value.outputs_N, expected[key] / count, rtol=1e-3, atol=1e-9)
+        moments = weighted[key] / expected[key].sum()
+        assert float((value.inputs_II - moments).norm() / moments.norm()) < 1e-3
 
 
 def total_bytes(path: Path) -> tuple[int, int]:
