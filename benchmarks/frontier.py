@@ -66,7 +66,7 @@ def draw(models: dict[str, dict[str, Any]], series: dict[str, list[str]], file: 
     axis.set(yscale="log", xlabel="bits per weight, all included", ylabel="KL from the original (nats per token)")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
-    figure.savefig(file, dpi=110, metadata={"Software": None} if file.suffix == ".png" else None)
+    figure.savefig(file, dpi=110, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ to the original, so gradients of the first order suffice. In the mean over token
 
 a number per neuron, and moments of the layer's inputs in which a token counts by how much the output minds it. Without s
 tokens that hardly matter but are huge inside (first tokens, separators: "massive activations") decide everything: errors of
-Gemma 3's down_proj came out at up to 87 times what they do, with s they are within 15 % (docs/log.md).
+Gemma 3's down_proj came out at up to 87 times what they do, with s at .78 to 1.15 times (docs/log.md).
 
 One forward pass keeps every block's inputs on disk; one backward pass goes through the blocks from the last to the first,
 each run again with gradients. So memory is one block with its activations, as everywhere, and the logits of one batch.

@@ -7,7 +7,7 @@
 #include "cpu_common.h"
 
 #if defined(__AVX2__)
-static uint64_t BYTES[256];                 // by a byte of the mask: which of eight bytes goes where, 128 for none
+static uint64_t BYTES[256];                  // by a byte of the mask: which of eight bytes goes where, 128 for none
 alignas(32) static uint8_t FLOATS[256][32];  // and where the halves of eight bf16 values go to become fp32
 static bool fill_tables() {
     for (int mask = 0; mask < 256; mask++)
