@@ -98,10 +98,12 @@ def test_every_form_keeps_its_budget_and_runs(atoms: dict, widths: dict, ratio: 
     layer.load_state_dict(tensors)
     layer.check(spec, tensors)
     assert ("dictionary" in tensors) == (atoms["dictionary"] != "identity")
-    x = torch.randn(5, 96)
-    assert torch.allclose(layer(x), x @ layer.dense_weight().T, atol=1e-4)
+    x, dense = torch.randn(5, 96), layer.dense_weight()
+    # few tokens meet integers on a CPU in 15 bits: half a step for every input, and fp32
+    rounding = x.abs().amax(dim=1, keepdim=True) * dense.abs().sum(dim=1) / 65534 if widths else torch.zeros(1)
+    assert ((layer(x) - x @ dense.T).abs() <= 1e-4 + rounding).all()
     # a good part of the output survives; measured 0.02 to 0.6
-    assert SecondMoment(gram).relative_error(weight, layer.dense_weight()) < 0.75
+    assert SecondMoment(gram).relative_error(weight, dense) < 0.75
 
 
 def error_of(weight: torch.Tensor, gram: torch.Tensor, **options: object) -> float:
