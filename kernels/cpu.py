@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -27,11 +27,23 @@ from compress.kernels.layout import outer_stride, tokens_of_row
 from compress.kernels.notice import reference_runs
 from compress.kernels.part import Part
 
+_DTYPES = (torch.float32, torch.bfloat16)  # of inputs and outputs
 _PARTS = 8  # of a sum over tokens: whatever the threads, it is added up in the same order
 MOST_TOKENS = 16  # above, weights are multiplied out: they are read once for all tokens, and MKL is faster
 _SCRATCH_BYTES = 2 << 20  # of a weight multiplied out: within any second-level cache and its neighbour
 _SOURCES = sorted(Path(__file__).parent.glob("cpu_*.cpp"))
 _HEADERS = sorted(Path(__file__).parent.glob("cpu_*.h"))
+_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int}
+_FUNCTIONS = {  # the types of their arguments, told once: converting each at every call takes longer than a small product
+    "integer_linear": "pilpipillli",
+    "expand_integers": "ppplllillli",
+    "sparse_linear": "pippppilllllilli",
+    "expand_sparse": "ppppllllilli",
+    "butterflies": "plli",
+    "expand_groups": "pllpllipppilllllllii",
+    "group_scores": "pllpllippppllllllii",
+    "group_sums": "pllpllipppllllllii",
+}
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
@@ -54,7 +66,7 @@ def compiled() -> ctypes.CDLL | None:
                     command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)]
                     subprocess.run(command, check=True, capture_output=True, text=True)
                     made.replace(file)
-            return ctypes.CDLL(str(file))
+            return _declared(ctypes.CDLL(str(file)))
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", "") or str(error)
             reason = f"compiling them failed: {said.strip().splitlines()[0] if said.strip() else error}"
@@ -62,6 +74,12 @@ def compiled() -> ctypes.CDLL | None:
         reason = f"they are built on Linux, this is {platform.system()}"
     reference_runs(f"no kernels for this CPU, {reason}")
     return None
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name, letters in _FUNCTIONS.items():
+        getattr(library, name).argtypes = [_TYPES[letter] for letter in letters]
+    return library
 
 
 def usable(x: Tensor) -> bool:
@@ -79,37 +97,39 @@ class _Part(ctypes.Structure):
     """Part of cpu_inputs.h: `compress.kernels.part.Part` as C++ has it."""
 
     _fields_ = [
-        ("packed", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        *((name, ctypes.c_long) for name in ("start", "width", "row_bytes", "group", "groups", "segment", "slice")),
-        ("bits", ctypes.c_int),
-        ("seen_bits", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("packed", "scale")),
+        *((name, ctypes.c_long) for name in ("start", "width", "row_bytes", "group", "groups", "slice")),
+        *((name, ctypes.c_int) for name in ("bits", "seen_bits")),
         ("clip", ctypes.c_float),
     ]
+
+
+@lru_cache(maxsize=4096)
+def _stored_parts(*parts: tuple) -> ctypes.Array:
+    """Remembered by all that is in them, addresses too: filling them anew takes as long as a small product."""
+    return (_Part * len(parts))(*parts)
 
 
 def integer_linear(x_MK: Tensor, parts: Sequence[Part]) -> Tensor:
     """`[M, N]`, in the dtype of the inputs, of few tokens and a packed weight with bf16 scales, codes against codes.
 
-    Inputs that the model does not round are rounded to 15 bits and a sign per segment, which must begin at multiples of 8.
+    Inputs are rounded to 15 bits and a sign per group of the weight, which must begin at multiples of 8; to the bits and
+    slices of a part first, if it has any, and then not again where a group lies in one slice.
     """
-    if x_MK.dtype not in (torch.float32, torch.bfloat16):
+    if x_MK.dtype not in _DTYPES:
         return integer_linear(x_MK.float(), parts).to(x_MK.dtype)
     if x_MK.stride(1) != 1:
         x_MK = x_MK.contiguous()
-    tokens, rows = len(x_MK), len(parts[0].packed)
-    stored = (_Part * len(parts))()
-    for place, part in zip(stored, parts, strict=True):
-        packed, scale, width = part.packed, part.scale, part.width
-        place.packed, place.scale, place.start, place.width = packed.data_ptr(), scale.data_ptr(), part.start, width
-        place.row_bytes, place.group, place.groups = packed.shape[1], part.group_size or width, scale.shape[1]
-        place.segment, place.slice, place.bits = part.segment, width // part.slices, part.bits
-        place.seen_bits, place.clip = part.seen_bits, part.clip
-    y_MN = x_MK.new_empty(tokens, rows)
-    narrow = ctypes.c_int(x_MK.dtype == torch.bfloat16)
+    (tokens, width), rows = x_MK.shape, parts[0].packed.shape[0]
+    stored = []
+    for packed, scale, bits, start, stop, group, _, seen_bits, slices, clip in parts:
+        columns = stop - start
+        shape = start, columns, packed.shape[1], group or columns, scale.shape[1], columns // slices
+        stored.append((packed.data_ptr(), scale.data_ptr(), *shape, bits, seen_bits, clip))
+    y_MN, narrow = x_MK.new_empty(tokens, rows), x_MK.dtype == torch.bfloat16
     compiled().integer_linear(
-        _pointer(x_MK), narrow, ctypes.c_long(x_MK.stride(0)), stored, ctypes.c_int(len(parts)), _pointer(y_MN), narrow,
-        ctypes.c_long(tokens), ctypes.c_long(x_MK.shape[1]), ctypes.c_long(rows), ctypes.c_int(torch.get_num_threads()),
+        x_MK.data_ptr(), narrow, x_MK.stride(0), _stored_parts(*stored), len(parts), y_MN.data_ptr(), narrow,
+        tokens, width, rows, torch.get_num_threads(),
     )  # fmt: skip
     return y_MN
 
@@ -117,45 +137,37 @@ def integer_linear(x_MK: Tensor, parts: Sequence[Part]) -> Tensor:
 def butterflies(y: Tensor) -> None:
     """Sylvester's transform of the last dimension, a power of two, of a contiguous fp32 tensor, in place, not scaled."""
     width = y.shape[-1]
-    compiled().butterflies(
-        _pointer(y), *map(ctypes.c_long, (y.numel() // width, width)), ctypes.c_int(torch.get_num_threads())
-    )
+    compiled().butterflies(y.data_ptr(), y.numel() // width, width, torch.get_num_threads())
 
 
 def expanded(packed: Tensor, scale_NG: Tensor, bits: int, group_size: int, out_NK: Tensor) -> None:
     """Write the fp32 weight of packed codes into `[N, K]`, which may be a slice of columns."""
     rows, width = out_NK.shape
     compiled().expand_integers(
-        *map(_pointer, (packed, scale_NG, out_NK)),
-        *map(ctypes.c_long, (rows, width, packed.shape[1])),
-        ctypes.c_int(bits),
-        *map(ctypes.c_long, (group_size or width, scale_NG.shape[1], out_NK.stride(0))),
-        ctypes.c_int(torch.get_num_threads()),
-    )
+        packed.data_ptr(), scale_NG.data_ptr(), out_NK.data_ptr(), rows, width, packed.shape[1], bits,
+        group_size or width, scale_NG.shape[1], out_NK.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
 
 
-def sparse_product(
+def sparse_linear(
     x_MA: Tensor, values: Tensor, scale_NG: Tensor | None, mask: Tensor, units: int, bits: int, group_size: int
 ) -> Tensor:
-    """`[M, N]` fp32 of inputs and bitmask-packed rows over `units` unit atoms and then the learned ones.
+    """`[M, N]`, in the dtype of the inputs, of few tokens and bitmask-packed rows over `units` unit atoms and then the
+    learned ones.
 
     The values are bf16, or integers with scales; of these, both the units and the groups must be multiples of 8.
     """
-    x = x_MA.float().contiguous()
-    y = torch.empty(len(x), len(values))
-    sizes, threads = (len(x), len(values), x.shape[1]), ctypes.c_int(torch.get_num_threads())
-    if scale_NG is None:
-        row = map(ctypes.c_long, (*sizes, values.shape[1]))
-        compiled().sparse_product(*map(_pointer, (x, values, mask, y)), *row, threads)
-        return y
-    compiled().sparse_integer_product(
-        *map(_pointer, (x, values, scale_NG, mask, y)),
-        *map(ctypes.c_long, (*sizes, units, values.shape[1])),
-        ctypes.c_int(bits),
-        *map(ctypes.c_long, (group_size, scale_NG.shape[1])),
-        threads,
-    )
-    return y
+    if x_MA.dtype not in _DTYPES:
+        return sparse_linear(x_MA.float(), values, scale_NG, mask, units, bits, group_size).to(x_MA.dtype)
+    x_MA, narrow = x_MA.contiguous(), x_MA.dtype == torch.bfloat16
+    (tokens, atoms), (rows, row_values) = x_MA.shape, values.shape
+    y_MN = x_MA.new_empty(tokens, rows)
+    scale, groups = (None, 0) if scale_NG is None else (scale_NG.data_ptr(), scale_NG.shape[1])
+    compiled().sparse_linear(
+        x_MA.data_ptr(), narrow, values.data_ptr(), scale, mask.data_ptr(), y_MN.data_ptr(), narrow, tokens, rows, atoms,
+        units, row_values, bits, group_size, groups, torch.get_num_threads(),
+    )  # fmt: skip
+    return y_MN
 
 
 def expanded_sparse(
@@ -164,12 +176,9 @@ def expanded_sparse(
     """Write the fp32 codes of bitmask-packed rows into a contiguous `[N, A]`; arguments and limits as in the product."""
     scale = mask if scale_NG is None else scale_NG
     compiled().expand_sparse(
-        *map(_pointer, (packed, scale, mask, out_NA)),
-        *map(ctypes.c_long, (*out_NA.shape, units, packed.shape[1])),
-        ctypes.c_int(bits),
-        *map(ctypes.c_long, (group_size, scale.shape[1])),
-        ctypes.c_int(torch.get_num_threads()),
-    )
+        packed.data_ptr(), scale.data_ptr(), mask.data_ptr(), out_NA.data_ptr(), *out_NA.shape, units, packed.shape[1],
+        bits, group_size, scale.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def product_by_blocks(x_MK: Tensor, rows: int, expand: Callable[[slice, Tensor], None]) -> Tensor:
@@ -200,11 +209,8 @@ def expand_groups(
     rows = packed.shape[2]
     extra = _floats(units, centre)
     compiled().expand_groups(
-        *_stored(packed, affine),
-        *map(_optional, extra),
-        _pointer(out), ctypes.c_int(out.dtype == torch.bfloat16), *map(ctypes.c_long, (outer_stride(out), out.stride(2))),
-        *map(ctypes.c_long, (batch * heads, rows, tokens // rows, runs, channels // runs)),
-        *map(ctypes.c_int, (bits, torch.get_num_threads())),
+        *_stored(packed, affine), *map(_address, extra), out.data_ptr(), out.dtype == torch.bfloat16, outer_stride(out),
+        out.stride(2), batch * heads, rows, tokens // rows, runs, channels // runs, bits, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -218,12 +224,9 @@ def group_scores(
     query, scores = query.float().contiguous(), torch.empty(batch, heads, queries, rows * tokens)
     extra = _floats(units, centre)
     done = compiled().group_scores(
-        *_stored(packed, affine),
-        *map(_optional, extra),
-        *map(_pointer, (query, scores)),
-        *map(ctypes.c_long, (batch * heads, queries, rows, tokens, runs, width // runs)),
-        *map(ctypes.c_int, (bits, torch.get_num_threads())),
-    )
+        *_stored(packed, affine), *map(_address, extra), query.data_ptr(), scores.data_ptr(), batch * heads, queries, rows,
+        tokens, runs, width // runs, bits, torch.get_num_threads(),
+    )  # fmt: skip
     return scores if done else None
 
 
@@ -236,34 +239,24 @@ def group_sums(
     weights, sums = weights.float().contiguous(), torch.empty(parts, batch, heads, queries, width)
     extra = _floats(units)
     done = compiled().group_sums(
-        *_stored(packed, affine),
-        *map(_optional, extra),
-        *map(_pointer, (weights, sums)),
-        *map(ctypes.c_long, (parts, batch * heads, queries, rows, runs, width // runs)),
-        *map(ctypes.c_int, (bits, torch.get_num_threads())),
-    )
+        *_stored(packed, affine), *map(_address, extra), weights.data_ptr(), sums.data_ptr(), parts, batch * heads, queries,
+        rows, runs, width // runs, bits, torch.get_num_threads(),
+    )  # fmt: skip
     return sums.sum(dim=0) if done else None
 
 
 def _stored(packed: Tensor, affine: Tensor) -> tuple[object, ...]:
     """Codes, scales and minima with their strides, as the kernels of a KV cache take them."""
-    eight_bits = ctypes.c_int(affine.dtype == torch.uint8)
-    return (
-        _pointer(packed), *map(ctypes.c_long, (outer_stride(packed), packed.stride(2))),
-        _pointer(affine), *map(ctypes.c_long, (outer_stride(affine), affine.stride(2))), eight_bits,
-    )  # fmt: skip
+    codes = packed.data_ptr(), outer_stride(packed), packed.stride(2)
+    return *codes, affine.data_ptr(), outer_stride(affine), affine.stride(2), affine.dtype == torch.uint8
 
 
 def _floats(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.float().contiguous() for tensor in tensors]
 
 
-def _optional(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else _pointer(tensor)
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _processor() -> str:

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 #if defined(__AVX2__) || defined(__BMI2__)
 #include <immintrin.h>
 #endif
@@ -60,6 +61,32 @@ static inline uint16_t to_bf16(float value) {  // to nearest, ties to even
     std::memcpy(&bits, &value, 4);
     return value == value ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
 }
+
+// Inputs `[M, K]` in bf16 or fp32, rows `stride` apart, as fp32.
+struct Floats {
+    std::vector<float> held;
+    const float* data;
+    long stride;
+    Floats(const void* x, int narrow, long stride, long M, long K)
+        : held(narrow ? M * K : 0), data(narrow ? held.data() : (const float*)x), stride(narrow ? K : stride) {
+        for (long m = 0; narrow && m < M; m++)
+            for (long k = 0; k < K; k++) held[m * K + k] = bf16(((const uint16_t*)x)[m * stride + k]);
+    }
+};
+
+// Outputs in bf16 or fp32, from zero on in fp32 until `store`.
+struct Sums {
+    std::vector<float> held;
+    uint16_t* narrow;
+    float* data;
+    Sums(void* y, int narrow, long count) : held(narrow ? count : 0), narrow(narrow ? (uint16_t*)y : nullptr) {
+        data = narrow ? held.data() : (float*)y;
+        if (!narrow) std::memset(data, 0, count * sizeof(float));
+    }
+    void store() const {
+        for (size_t i = 0; i < held.size(); i++) narrow[i] = to_bf16(held[i]);
+    }
+};
 
 #if defined(__AVX2__)
 // sums plus products of pairs of 16-bit integers

@@ -7,20 +7,20 @@
 #include "cpu_common.h"
 
 // Columns of a weight that are stored together, as _Part in cpu.py: `width` of them from `start` on, codes of `bits`, a scale for
-// every row and `group` columns. Inputs that the model rounds have `seen_bits` below 16 and scales of their own for every `slice`
-// columns, cut at `clip` root mean squares (0: not). A segment, `seg` columns, lies in one slice and in one group.
+// every row and `group` columns: a segment. Inputs that the model rounds have `seen_bits` below 16 and scales of their own for
+// every `slice` columns, cut at `clip` root mean squares (0: not).
 struct Part {
     const uint8_t* packed;
     const uint16_t* scale;
-    long start, width, row_bytes, group, groups, seg, slice;
+    long start, width, row_bytes, group, groups, slice;
     int bits, seen_bits;
     float clip;
 };
 
 namespace {
-// Columns that share all scales, up to `full` in whole blocks.
+// Columns that share a scale of the weight, up to `full` in whole blocks.
 struct Segment {
-    long start, full, stop, group;
+    long start, full, stop;
 };
 
 // Where an input of a segment lies for weights of `bits`. Four-bit codes lie in fours in 16 bits: within a full block of 32
@@ -34,28 +34,31 @@ struct Inputs {
     const long M, K, S;
     std::vector<Segment> segments;
     std::vector<int16_t> codes;
-    std::vector<float> scale, offset;  // per token and segment; per token and group: w_scale times this is taken off every row
+    std::vector<float> scale, offset;  // per token and segment; w_scale times the offset is taken off every row
 
     Inputs(const float* x, long stride, long M, const Part& part, int threads)
-        : M(M), K(part.width), S((K + part.seg - 1) / part.seg), codes(M * K), scale(M * S), offset(M * part.groups) {
-        for (long start = 0; start < K; start += part.seg) {
-            const long stop = start + part.seg < K ? start + part.seg : K;
-            segments.push_back({start, start + (stop - start) / BLOCK * BLOCK, stop, start / part.group});
+        : M(M), K(part.width), S(part.groups), codes(M * K), scale(M * S), offset(M * S) {
+        for (long start = 0; start < K; start += part.group) {
+            const long stop = start + part.group < K ? start + part.group : K;
+            segments.push_back({start, start + (stop - start) / BLOCK * BLOCK, stop});
         }
+        // where a segment lies in one slice, the codes of the slice are its integers
+        const bool rounds = part.seen_bits < 16, exact = rounds && (part.slice == K || part.slice % part.group == 0);
 #pragma omp parallel for num_threads(threads) if (M * K > 65536)
         for (long m = 0; m < M; m++) {
-            if (part.seen_bits < 16) round_token(x + m * stride, m, part);
-            else for (long s = 0; s < S; s++) {
-                const Segment& at = segments[s];
-                scale[m * S + s] = fifteen_bits(x + m * stride + at.start, codes.data() + m * K + at.start, at.stop - at.start);
-            }
+            const float* from = x + m * stride;
+            std::vector<float> seen(rounds && !exact ? K : 0);
+            if (rounds) round_token(from, m, part, exact ? nullptr : seen.data());
+            if (!seen.empty()) from = seen.data();
             for (long s = 0; s < S; s++) {
-                int16_t* to = codes.data() + m * K + segments[s].start;
+                const Segment& at = segments[s];
+                int16_t* to = codes.data() + m * K + at.start;
+                if (!exact) scale[m * S + s] = fifteen_bits(from + at.start, to, at.stop - at.start);
                 int64_t total = 0;
-                for (long k = 0; k < segments[s].stop - segments[s].start; k++) total += to[k];
-                offset[m * part.groups + segments[s].group] += float(1 << (part.bits - 1)) * float(total) * scale[m * S + s];
+                for (long k = 0; k < at.stop - at.start; k++) total += to[k];
+                offset[m * S + s] = float(1 << (part.bits - 1)) * float(total) * scale[m * S + s];
                 if (part.bits == 4)
-                    for (long k = 0; k < segments[s].full - segments[s].start; k += BLOCK) {
+                    for (long k = 0; k < at.full - at.start; k += BLOCK) {
                         int16_t block[BLOCK];
                         std::memcpy(block, to + k, sizeof(block));
                         for (long i = 0; i < BLOCK; i++) to[k + place(i, BLOCK, 4)] = block[i];
@@ -65,8 +68,8 @@ struct Inputs {
     }
 
     // As `rounded_activation` of compress/kernels/mixed_precision.py: asymmetric codes per slice, here less their zero; the range
-    // is forced to hold 0.
-    void round_token(const float* x, long m, const Part& part) {
+    // is forced to hold 0. They are the codes of the segments, or what they stand for goes to `seen`.
+    void round_token(const float* x, long m, const Part& part, float* seen) {
         const float most = float((1 << part.seen_bits) - 1);
         const long slice = part.slice;
         for (long from = 0; from < K; from += slice) {
@@ -95,13 +98,17 @@ struct Inputs {
             if (!(step > 0)) step = 1;
             const float zero = std::nearbyint(-low / step);
             const bool finite = square == square && step * 0 == 0;  // a NaN or an infinity makes the token NaN
-            int16_t* to = codes.data() + m * K + from;
+            auto code = [&](long k) {
+                const float above = std::nearbyint(v[k] / step) + zero;
+                return (above < 0 ? 0 : above > most ? most : above) - zero;
+            };
+            if (seen) {
+                for (long k = 0; k < slice; k++) seen[from + k] = finite ? code(k) * step : NAN;
+                continue;
+            }
             if (finite)
-                for (long k = 0; k < slice; k++) {
-                    const float code = std::nearbyint(v[k] / step) + zero;
-                    to[k] = int16_t((code < 0 ? 0 : code > most ? most : code) - zero);
-                }
-            for (long start = from; start < from + slice; start += part.seg) scale[m * S + start / part.seg] = finite ? step : NAN;
+                for (long k = 0; k < slice; k++) codes[m * K + from + k] = int16_t(code(k));
+            for (long s = from / part.group; s * part.group < from + slice; s++) scale[m * S + s] = finite ? step : NAN;
         }
     }
 };

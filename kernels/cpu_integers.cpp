@@ -5,7 +5,7 @@
 // rounds them to (cpu_inputs.h), and are multiplied by vpmaddwd: 7 instructions for 32 four-bit weights. Codes stay unsigned; the
 // offset is taken off with the sums of the inputs.
 //
-// Legend: S segments: columns that share the scale of the inputs and that of the weight.
+// Legend: S segments: columns that share a scale of the weight.
 #include "cpu_inputs.h"
 
 #if defined(__AVX2__)
@@ -100,9 +100,9 @@ template <int M, int BITS, int R>
 static inline void integer_rows(const Inputs& in, long first, const Part& part, float* y, long n, long N) {
     const long K = in.K, S = in.S, row_bytes = part.row_bytes;
     const int16_t* q = in.codes.data() + first * K;
-    const float *scale = in.scale.data() + first * S, *offset = in.offset.data() + first * part.groups;
+    const float *scale = in.scale.data() + first * S, *offset = in.offset.data() + first * S;
     const uint8_t* row = part.packed + n * row_bytes;
-    const uint16_t* w_scale = part.scale + n * part.groups;
+    const uint16_t* w_scale = part.scale + n * S;
     float result[M][R] = {};
 #if defined(__AVX2__)
     const long flush = BITS == 4 ? 2048 : 1024;  // columns whose sums fit 32 bits
@@ -114,7 +114,7 @@ static inline void integer_rows(const Inputs& in, long first, const Part& part, 
     for (long s = 0; s < S; s++) {
         const long start = in.segments[s].start, full = in.segments[s].full, stop = in.segments[s].stop;
         float ws[R];
-        for (int r = 0; r < R; r++) ws[r] = bf16(w_scale[r * part.groups + in.segments[s].group]);
+        for (int r = 0; r < R; r++) ws[r] = bf16(w_scale[r * S + s]);
         long k = start;
 #if defined(__AVX2__)
         while (k < full) {
@@ -149,7 +149,7 @@ static inline void integer_rows(const Inputs& in, long first, const Part& part, 
     }
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) {
-            result[m][r] -= dot(w_scale + r * part.groups, offset + m * part.groups, part.groups);
+            result[m][r] -= dot(w_scale + r * S, offset + m * S, S);
 #if defined(__AVX2__)
             const float upper = BITS == 4 ? 1 / 16.0f : 1;
             result[m][r] += total(_mm256_mul_ps(running[m][r], _mm256_set_m128(_mm_set1_ps(upper), _mm_set1_ps(1))));
@@ -183,16 +183,11 @@ static void add_product(const float* x, long stride, const Part& part, float* y,
 // y [M, N] of inputs [M, K], both in bf16 or in fp32, and a weight in parts.
 extern "C" void integer_linear(const void* x, int x_narrow, long stride, const Part* parts, int count, void* y, int y_narrow,
                                long M, long K, long N, int threads) {
-    std::vector<float> wide(x_narrow ? M * K : 0), sums(y_narrow ? M * N : 0);
-    if (x_narrow)
-        for (long m = 0; m < M; m++)
-            for (long k = 0; k < K; k++) wide[m * K + k] = bf16(((const uint16_t*)x)[m * stride + k]);
-    const float* from = x_narrow ? wide.data() : (const float*)x;
-    float* to = y_narrow ? sums.data() : (float*)y;
-    if (!y_narrow) std::memset(to, 0, M * N * sizeof(float));
-    for (int p = 0; p < count; p++) add_product(from + parts[p].start, x_narrow ? K : stride, parts[p], to, M, N, threads);
-    if (y_narrow)
-        for (long i = 0; i < M * N; i++) ((uint16_t*)y)[i] = to_bf16(to[i]);
+    const Floats from(x, x_narrow, stride, M, K);
+    const Sums to(y, y_narrow, M * N);
+    for (int p = 0; p < count; p++)
+        add_product(from.data + parts[p].start, from.stride, parts[p], to.data, M, N, threads);
+    to.store();
 }
 
 extern "C" void expand_integers(const uint8_t* w, const uint16_t* w_scale, float* out, long N, long K, long row_bytes,

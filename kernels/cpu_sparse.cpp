@@ -95,18 +95,6 @@ static void sparse_rows(const float* x, const uint16_t* values, const uint8_t* m
     }
 }
 
-extern "C" void sparse_product(const float* x, const uint16_t* values, const uint8_t* mask, float* y, long M, long N, long A,
-                               long s, int threads) {
-    for (long m = 0; m < M;) {
-        const long step = M - m >= 4 ? 4 : M - m >= 2 ? 2 : 1;
-        auto run = [&](auto function) { function(x + m * A, values, mask, y + m * N, N, A, s, threads); };
-        if (step == 4) run(sparse_rows<4>);
-        else if (step == 2) run(sparse_rows<2>);
-        else run(sparse_rows<1>);
-        m += step;
-    }
-}
-
 // The same for integers: codes of `bits` bits in a row's stream, scales for every `group` columns of the unit atoms and of the
 // learned ones. Inputs are rounded to 15 bits per segment, a run of columns that share a scale of either side.
 namespace {
@@ -190,20 +178,28 @@ static void sparse_integer_rows(const RoundedInputs& in, long first, const uint8
     }
 }
 
-extern "C" void sparse_integer_product(const float* x, const uint8_t* packed, const uint16_t* w_scale, const uint8_t* mask,
-                                       float* y, long M, long N, long A, long units, long row_bytes, int bits, long group,
-                                       long groups, int threads) {
-    const RoundedInputs in(x, M, A, units, group);
+// y [M, N] of inputs [M, A], both in bf16 or in fp32, and rows of values, or of integers where they have scales.
+extern "C" void sparse_linear(const void* x, int x_narrow, const void* packed, const uint16_t* w_scale, const uint8_t* mask,
+                              void* y, int y_narrow, long M, long N, long A, long units, long row_values, int bits, long group,
+                              long groups, int threads) {
+    const Floats from(x, x_narrow, A, M, A);
+    const Sums to(y, y_narrow, M * N);
+    const RoundedInputs in(from.data, w_scale ? M : 0, A, units, group);
     for (long m = 0; m < M;) {
         const long step = M - m >= 4 ? 4 : M - m >= 2 ? 2 : 1;
-        auto run = [&](auto function) {
-            function(in, m, packed, w_scale, mask, y + m * N, N, A, row_bytes, bits, groups, threads);
+        auto values = [&](auto function) {
+            function(from.data + m * A, (const uint16_t*)packed, mask, to.data + m * N, N, A, row_values, threads);
         };
-        if (step == 4) run(sparse_integer_rows<4>);
-        else if (step == 2) run(sparse_integer_rows<2>);
-        else run(sparse_integer_rows<1>);
+        auto integers = [&](auto function) {
+            function(in, m, (const uint8_t*)packed, w_scale, mask, to.data + m * N, N, A, row_values, bits, groups, threads);
+        };
+        if (!w_scale) step == 4 ? values(sparse_rows<4>) : step == 2 ? values(sparse_rows<2>) : values(sparse_rows<1>);
+        else if (step == 4) integers(sparse_integer_rows<4>);
+        else if (step == 2) integers(sparse_integer_rows<2>);
+        else integers(sparse_integer_rows<1>);
         m += step;
     }
+    to.store();
 }
 
 // The same rows multiplied out, for many tokens: values, or integers with scales, at the columns that the mask names.

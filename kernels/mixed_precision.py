@@ -24,6 +24,7 @@ Legend: T tokens, K columns of a part, N output neurons, G segments.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -85,19 +86,27 @@ def rotated(x: Tensor, high_features: int) -> Tensor:
 
 
 def _parts(
-    width: int, low: Tensor, low_scale: Tensor, high: Tensor | None, high_scale: Tensor | None, bits: int, high_bits: int,
-    high_features: int, group_size: int, activation_bits: int, activation_groups: int, clip: float, rotate: bool,
-) -> list[Part]:  # fmt: skip
+    width: int, low: Tensor, low_scale: Tensor, high: Tensor | None, high_scale: Tensor | None, *sizes: Any
+) -> list[Part]:
+    stored = ((low, low_scale), (high, high_scale))
+    return [Part(*tensors, *numbers) for tensors, numbers in zip(stored, _part_sizes(width, *sizes), strict=False)]
+
+
+@lru_cache(maxsize=1024)  # a model has a few; a decode step asks for hundreds
+def _part_sizes(
+    width: int, bits: int, high_bits: int, high_features: int, group_size: int, activation_bits: int,
+    activation_groups: int, clip: float, rotate: bool,
+) -> list[tuple]:  # fmt: skip
+    """What a `Part` holds besides its tensors, of the low part and of the high one if there is any."""
     slices = activation_groups if activation_bits < 16 else 1
 
-    def part(packed: Tensor, scale: Tensor, bits: int, start: int, stop: int, seen_bits: int, clip: float) -> Part:
-        segment = segment_of(stop - start, group_size, slices)
-        return Part(packed, scale, bits, start, stop, group_size, segment, seen_bits, slices, clip)
+    def sizes(bits: int, start: int, stop: int, seen_bits: int, clip: float) -> tuple:
+        return bits, start, stop, group_size, segment_of(stop - start, group_size, slices), seen_bits, slices, clip
 
     low_width = width - high_features
-    parts = [part(low, low_scale, bits, 0, low_width, activation_bits, clip if activation_bits < 8 else 0.0)]
-    if high is not None:
-        parts.append(part(high, high_scale, high_bits, low_width, width, max(high_bits, activation_bits), 0.0))
+    parts = [sizes(bits, 0, low_width, activation_bits, clip if activation_bits < 8 else 0.0)]
+    if high_features:
+        parts.append(sizes(high_bits, low_width, width, max(high_bits, activation_bits), 0.0))
     return parts
 
 
@@ -159,18 +168,18 @@ mixed_precision = torch.library.custom_op("compress::mixed_precision", mixed_pre
 @mixed_precision.register_kernel("cpu")
 def mixed_precision_cpu(x: Tensor, *stored: Any) -> Tensor:
     """Few tokens: codes against codes, without a weight. Many: the weight multiplied out by blocks of rows, in fp32."""
-    *_, high_features, group_size, activation_bits, groups, _, rotate = stored
+    *_, high_features, group_size, activation_bits, _, _, rotate = stored
     rounds, parts = activation_bits < 16, _parts(x.shape[-1], *stored)
-    whole = all(part.segment for part in parts)
+    whole = group_size % 8 == 0
     if not whole:
-        reference_runs(f"no CPU kernel walks groups of {group_size} in {groups} slices")
+        reference_runs(f"no CPU kernel walks groups of {group_size}; multiples of 8 have one")
     if not whole or not cpu.usable(x) or parts[0].scale.dtype != torch.bfloat16:
         return mixed_precision_reference(x, *stored)
     if rotate:
         x = rotated(x, high_features)
     x_TI = x.reshape(-1, x.shape[-1])
-    if len(x_TI) <= cpu.MOST_TOKENS:
-        return cpu.integer_linear(x_TI, parts).view(*x.shape[:-1], len(parts[0].packed))
+    if x_TI.shape[0] <= cpu.MOST_TOKENS:
+        return cpu.integer_linear(x_TI, parts).view(*x.shape[:-1], parts[0].packed.shape[0])
     x_TI = x_TI.float()
     if rounds:
         x_TI = torch.cat([round_activation(x_TI[:, p.start : p.stop], p.seen_bits, p.slices, p.clip) for p in parts], dim=1)

@@ -103,7 +103,7 @@ sparse_dictionary = torch.library.custom_op("compress::sparse_dictionary", spars
 def sparse_dictionary_cpu(x: Tensor, *stored: Any) -> Tensor:
     """Few tokens: each row's nonzeros meet the inputs where the mask says. Many: codes expanded by blocks of rows,
     products in fp32."""
-    values, mask, scale, _, _, unit_atoms, learned, _, bits, group, _ = stored
+    values, mask, scale, dictionary, _, unit_atoms, learned, _, bits, group, _ = stored
     units = x.shape[-1] if unit_atoms else 0
     runs_here = values.dtype == (torch.uint8 if bits < 16 else torch.bfloat16) and cpu.usable(x)
     if bits < 16:
@@ -111,10 +111,12 @@ def sparse_dictionary_cpu(x: Tensor, *stored: Any) -> Tensor:
         runs_here &= mask is not None or units == 0 or learned == 0
     if not runs_here:
         return sparse_dictionary_reference(x, *stored)
-    u_MA = _coded(x.reshape(-1, x.shape[-1]).float().contiguous(), *stored)
-    few = len(u_MA) <= cpu.MOST_TOKENS
+    u_MA = x.reshape(-1, x.shape[-1])
+    few = u_MA.shape[0] <= cpu.MOST_TOKENS
+    if dictionary is not None or not few or mask is None:
+        u_MA = _coded(u_MA.float(), *stored)
     if mask is not None and few:
-        y = cpu.sparse_product(u_MA, values, scale, mask, units, bits, group)
+        y = cpu.sparse_linear(u_MA, values, scale, mask, units, bits, group)
     elif mask is not None:
 
         def expand(rows: slice, out: Tensor) -> None:
@@ -132,7 +134,7 @@ def sparse_dictionary_cpu(x: Tensor, *stored: Any) -> Tensor:
             cpu.expanded(values[rows], scale[rows], bits, group, out)
 
         y = cpu.product_by_blocks(u_MA, len(values), expand)
-    return y.to(x.dtype).view(*x.shape[:-1], len(values))
+    return y.to(x.dtype).view(*x.shape[:-1], values.shape[0])
 
 
 @sparse_dictionary.register_kernel("cuda")

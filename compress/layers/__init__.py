@@ -51,6 +51,12 @@ class CompressedLinear(nn.Module, ABC):
         bias = torch.empty(self.out_features, dtype=getattr(torch, spec["bias"])) if spec["bias"] else None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
+    def stored(self, *names: str) -> list[Tensor | None]:
+        """Packed tensors by name, None for those that the spec has not: looked up where a module keeps them, because the
+        search behind `self.name` takes a decode step as long as small products do."""
+        integers, floats = self._buffers, self._parameters
+        return [integers[name] if name in integers else floats.get(name) for name in names]
+
     @classmethod
     @abstractmethod
     def tensors(cls, spec: Spec) -> dict[str, TensorSpec]:

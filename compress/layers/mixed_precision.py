@@ -31,6 +31,9 @@ from compress.quantizer import SCALE_DTYPE, Group, groups_of
 
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = (4, 8, 16)
+_OPTIONS = (
+    "bits", "high_bits", "high_features", "group_size", "activation_bits", "activation_groups", "clip", "hadamard",
+)  # fmt: skip
 _ACTIVATION_SCALE_BITS = 24  # a 16-bit scale and a zero of at most 8 bits, per token, part and slice
 
 
@@ -43,6 +46,10 @@ class Layer(CompressedLinear):
         "bits": int, "group_size": int, "high_features": int, "high_bits": int, "heads": int, "hadamard": bool,
         "activation_bits": int, "activation_groups": int, "clip": float,
     }  # fmt: skip
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self._options = tuple(spec[key] for key in _OPTIONS)
 
     @classmethod
     def tensors(cls, spec: Spec) -> dict[str, TensorSpec]:
@@ -67,24 +74,10 @@ class Layer(CompressedLinear):
                 raise ValueError(f"{name} has codes beyond its {width} columns")
 
     def forward(self, x: Tensor) -> Tensor:
-        spec = self.spec
         run = mixed_precision_cpu if direct(x) else mixed_precision
-        y = run(
-            _gather(spec, x),
-            self.low,
-            self.low_scale,
-            getattr(self, "high", None),
-            getattr(self, "high_scale", None),
-            spec["bits"],
-            spec["high_bits"],
-            spec["high_features"],
-            spec["group_size"],
-            spec["activation_bits"],
-            spec["activation_groups"],
-            spec["clip"],
-            spec["hadamard"],
-        )
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        *packed, bias = self.stored("low", "low_scale", "high", "high_scale", "bias")
+        y = run(_gather(self.spec, x), *packed, *self._options)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def dense_weight(self) -> Tensor:
         return from_storage(self.spec, self.stored_weight())
@@ -157,9 +150,7 @@ def from_storage(spec: Spec, x: Tensor) -> Tensor:
     """The inverse of `to_storage`."""
     if spec["hadamard"]:
         x = rotated(x, spec["high_features"])
-    if spec["heads"]:
-        x = x[..., _gathered(spec, x.device).argsort()]
-    return x
+    return _scatter(spec, x)
 
 
 def stored_gram(spec: Spec, gram_II: Tensor) -> Tensor:
@@ -168,15 +159,22 @@ def stored_gram(spec: Spec, gram_II: Tensor) -> Tensor:
 
 
 def _gather(spec: Spec, x: Tensor) -> Tensor:
-    return x[..., _gathered(spec, x.device)] if spec["heads"] else x
+    """Heads side by side -> the low coordinates of all heads, then the high ones."""
+    heads, high = spec["heads"], spec["high_features"]
+    if not heads:
+        return x
+    of_heads = x.unflatten(-1, (heads, -1))
+    low = of_heads.shape[-1] - high // heads
+    return torch.cat([of_heads[..., :low].flatten(-2), of_heads[..., low:].flatten(-2)], dim=-1)
 
 
-def _gathered(spec: Spec, device: torch.device) -> Tensor:
-    """Stored column -> input column: the low coordinates of all heads, then the high ones. Made where it is used: a copy to
-    a GPU cannot be part of a CUDA graph."""
-    columns = torch.arange(spec["in_features"], device=device).view(spec["heads"], -1)
-    low = columns.shape[1] - spec["high_features"] // spec["heads"]
-    return torch.cat([columns[:, :low].flatten(), columns[:, low:].flatten()])
+def _scatter(spec: Spec, x: Tensor) -> Tensor:
+    """The inverse of `_gather`."""
+    heads, high = spec["heads"], spec["high_features"]
+    if not heads:
+        return x
+    low, rest = x.split([x.shape[-1] - high, high], dim=-1)
+    return torch.cat([low.unflatten(-1, (heads, -1)), rest.unflatten(-1, (heads, -1))], dim=-1).flatten(-2)
 
 
 def _require_sizes(spec: Spec) -> None:

@@ -24,6 +24,8 @@ from compress.kernels.sparse_dictionary import (
 from compress.layers import CompressedLinear, Spec, TensorSpec
 from compress.quantizer import SCALE_DTYPE, Group, groups_of
 
+_PACKED = ("values", "mask", "scale", "dictionary", "dictionary_scale")
+_OPTIONS = ("unit_atoms", "num_atoms", "num_nonzeros", "value_bits", "group_size", "dictionary_bits")
 VALUE_BITS = (*range(2, 9), 16)
 
 
@@ -38,6 +40,10 @@ class Layer(CompressedLinear):
         "unit_atoms": bool, "num_atoms": int, "num_nonzeros": int, "value_bits": int, "dictionary_bits": int,
         "group_size": int, "balance": int,
     }  # fmt: skip
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self._options = tuple(spec[key] for key in _OPTIONS)
 
     @classmethod
     def tensors(cls, spec: Spec) -> dict[str, TensorSpec]:
@@ -84,35 +90,20 @@ class Layer(CompressedLinear):
                 raise ValueError(f"mask is not balanced: groups of {spec['balance']} atoms hold different numbers of bits")
 
     def forward(self, x: Tensor) -> Tensor:
-        spec = self.spec
         run = sparse_dictionary_cpu if direct(x) else sparse_dictionary
-        y = run(
-            x,
-            self.values,
-            getattr(self, "mask", None),
-            getattr(self, "scale", None),
-            getattr(self, "dictionary", None),
-            getattr(self, "dictionary_scale", None),
-            spec["unit_atoms"],
-            spec["num_atoms"],
-            spec["num_nonzeros"],
-            spec["value_bits"],
-            spec["group_size"],
-            spec["dictionary_bits"],
-        )
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        *packed, bias = self.stored(*_PACKED, "bias")
+        y = run(x, *packed, *self._options)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def dense_weight(self) -> Tensor:
         spec = self.spec
         units = spec["in_features"] if spec["unit_atoms"] else 0
-        mask, scale = getattr(self, "mask", None), getattr(self, "scale", None)
+        values, mask, scale, dictionary, dictionary_scale = self.stored(*_PACKED)
         sizes = (units, spec["num_atoms"], spec["num_nonzeros"], spec["value_bits"], spec["group_size"])
-        codes = stored_codes(self.values, mask, scale, *sizes).float()
-        if not spec["num_atoms"]:
+        codes = stored_codes(values, mask, scale, *sizes).float()
+        if dictionary is None:
             return codes
-        atoms = stored_dictionary(
-            self.dictionary, getattr(self, "dictionary_scale", None), spec["num_atoms"], spec["dictionary_bits"]
-        )
+        atoms = stored_dictionary(dictionary, dictionary_scale, spec["num_atoms"], spec["dictionary_bits"])
         learned = codes[:, units:] @ atoms.float().T
         return learned + codes[:, :units] if units else learned
 

@@ -53,8 +53,10 @@ def test_integers_agree_with_a_float_simulation(case: str, tokens: int) -> None:
     want = layer.seen_input(layer.spec, x).double() @ layer.dense_weight().double().T
     got = layer(x)
     assert got.dtype == torch.float32 and got.shape == want.shape
-    # measured: at most 3e-7, fp32 against fp64; few inputs that no layer rounds meet the CPU kernel in 15 bits, 5e-5
-    bound = 1e-4 if layer.spec["activation_bits"] == 16 and tokens <= cpu.MOST_TOKENS else 1e-6
+    # measured: at most 3e-7, fp32 against fp64; few inputs that no layer rounds, or in slices that a group of the weight
+    # crosses, meet the CPU kernel in 15 bits, 5e-5
+    fine = layer.spec["activation_bits"] == 16 or (layer.spec["activation_groups"] > 1 and not layer.spec["group_size"])
+    bound = 1e-4 if fine and tokens <= cpu.MOST_TOKENS else 1e-6
     assert (got - want).norm() < bound * want.norm()
 
 
