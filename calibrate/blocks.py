@@ -9,7 +9,7 @@ Memory: one block, the hidden states `[samples, length, hidden]`, and one batch 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -174,7 +174,13 @@ class BlockRunner:
         return torch.autograd.grad(output, leaf, gradient.to(self.device))[0].cpu()
 
     def grams(
-        self, index: int, linears: dict[str, nn.Module], *, keep: bool, views: dict[str, View] | None = None
+        self,
+        index: int,
+        linears: dict[str, nn.Module],
+        *,
+        keep: bool,
+        views: dict[str, View] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Gram | SeenGram]:
         """Gram matrices of the inputs of the named linears of a block; those fed the same tensor share one.
 
@@ -182,11 +188,13 @@ class BlockRunner:
             keep: make the block's outputs the new hidden states.
             views: for linears that round their inputs, `(key, round)`; they get a `SeenGram`, shared under equal keys.
                 With a second stream all get one, see `pair`; that stream moves on.
+            weights: how many times a token counts, `[samples, length]` by linear, equal for those that share their inputs.
         Raises:
             CompressError: a linear was never called, or its input is not finite, by name.
         """
         leader: dict[str, str] = {}  # who collects for whom, settled by the first batch
-        views = views or {}
+        views, weights = views or {}, weights or {}
+        sample = 0  # the first of this batch
         grams: dict[str, Gram | SeenGram] = {}
         called: set[str] = set()  # in this batch
         seen: list[tuple[Tensor, Any, str]] = []  # inputs of this batch, their view, who got them first; holds them alive
@@ -204,11 +212,13 @@ class BlockRunner:
                     leader[name] = next((owner for other, view, owner in seen if other is x and view == key), name)
                 if leader[name] == name:
                     seen.append((x, key, name))
+                    counts = weights[name][sample : sample + len(self.hidden[number])] if name in weights else None
                     if rounded is None and name not in targets:
-                        grams.setdefault(name, Gram(x.shape[-1], x.device)).add(x, self.mask)
+                        grams.setdefault(name, Gram(x.shape[-1], x.device)).add(x, self.mask, counts)
                     else:
                         gram = grams.setdefault(name, SeenGram(x.shape[-1], x.device))
-                        gram.add(x.lerp(targets.get(name, x), self.share), rounded(x) if rounded else x, self.mask)
+                        target = x.lerp(targets.get(name, x), self.share)
+                        gram.add(target, rounded(x) if rounded else x, self.mask, counts)
                 called.add(name)
                 if not keep and len(called) == len(linears):
                     raise _Stop  # the rest of the block would be computed for nothing
@@ -226,6 +236,7 @@ class BlockRunner:
                     references.append(self._forward(index, self.reference[number], mask, keep=True))
                     original = False
                 outputs.append(self._forward(index, state, mask, keep))
+                sample += len(state)
         finally:
             for handle in handles:
                 handle.remove()

@@ -8,7 +8,9 @@ to the original, so gradients of the first order suffice. In the mean over token
 
 a number per neuron, and moments of the layer's inputs in which a token counts by how much the output minds it. Without s
 tokens that hardly matter but are huge inside (first tokens, separators: "massive activations") decide everything: errors of
-Gemma 3's down_proj came out at up to 87 times what they do, with s at .78 to 1.15 times (docs/log.md).
+Gemma 3's down_proj came out at up to 87 times what they do, with s at .78 to 1.15 times (docs/log.md). What matrices are
+fitted to may count tokens by s, too (`calibration.token_weighting`). GuidedQuant (arXiv:2505.07004) has such moments for
+groups of output neurons; one s for all outputs keeps one moment and one factorization for linears that share their inputs.
 
 One forward pass keeps every block's inputs on disk; one backward pass goes through the blocks from the last to the first,
 each run again with gradients. So memory is one block with its activations, as everywhere, and the logits of one batch.
@@ -53,40 +55,53 @@ def output_gradients(runner: BlockRunner, batches: int | None = None, seed: int 
 
 
 class Sensitivity(NamedTuple):
-    """f `[N]` of a linear's outputs, and the moments `[I, I]` of its inputs in which a token counts by its gradients; fp64.
+    """What the model's output minds of one linear: f `[N]` of its outputs, the moments `[I, I]` of its inputs in which a
+    token counts by s, both fp64, and s of every token `[samples, length]` fp32, 1 in the mean over the tokens that count.
 
-    The moments are None where no output matters.
+    Linears that are fed the same tensor have the same s: the mean of theirs. Moments and s are None where no output matters,
+    moments also where nobody asked for them, and s where the linear does not see every token once.
     """
 
     outputs_N: Tensor
     inputs_II: Tensor | None
+    tokens_BL: Tensor | None
 
 
 def through_block(
-    runner: BlockRunner, index: int, gradients: list[Tensor], linears: dict[str, nn.Module]
+    runner: BlockRunner, index: int, gradients: list[Tensor], linears: dict[str, nn.Module], *, moments: bool = True
 ) -> tuple[list[Tensor], dict[str, Sensitivity]]:
     """One block backwards: gradients of its inputs, and the sensitivities of its linears.
 
     `runner.hidden` must hold the block's inputs and the block its weights.
     """
     sums: dict[str, Tensor] = {}
-    grams = {name: Gram(linear.weight.shape[1], runner.device) for name, linear in linears.items()}
+    grams = {name: Gram(linear.weight.shape[1], runner.device) for name, linear in linears.items()} if moments else {}
     inputs: dict[str, list[Tensor]] = {name: [] for name in linears}
+    leader: dict[str, str] = {}  # who was fed the same tensor first
+    of_tokens: dict[str, list[Tensor]] = {name: [] for name in linears}
+    fed: list[tuple[Tensor, str]] = []  # in this batch
     tokens = 0
 
     def remember(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
-            inputs[name].append(args[0].detach())
+            leader.setdefault(name, next((owner for other, owner in fed if other is args[0]), name))
+            fed.append((args[0], leader[name]))
+            if moments:
+                inputs[name].append(args[0].detach())
 
         return hook
 
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, grad_input: object, grad_output: tuple) -> None:
-            g, x = grad_output[0], inputs[name].pop()
-            keep = ... if runner.mask is None else runner.mask.to(g.device).bool()
-            squares = g[keep].float().square()
-            sums[name] = sums.get(name, 0) + squares.flatten(0, -2).sum(dim=0).double()
-            grams[name].add(x[keep].float() * squares.sum(dim=-1, keepdim=True).sqrt())
+            squares_TN = grad_output[0].reshape(-1, grad_output[0].shape[-1]).float().square()
+            if runner.mask is not None and runner.mask.numel() == len(squares_TN):
+                squares_TN = squares_TN * runner.mask.reshape(-1, 1).to(squares_TN.device)
+            sums[name] = sums.get(name, 0) + squares_TN.sum(dim=0).double()
+            of_token = squares_TN.sum(dim=1)
+            of_tokens[name].append(of_token.cpu())
+            if moments:
+                x = inputs[name].pop()
+                grams[name].add(x.reshape(-1, x.shape[-1]).float() * of_token.sqrt().unsqueeze(1))
 
         return hook
 
@@ -95,15 +110,23 @@ def through_block(
     before = []
     try:
         for number, gradient in enumerate(gradients):
+            fed.clear()
             before.append(runner.backward(index, number, gradient))
             tokens += gradient.shape[:-1].numel() if runner.mask is None else int(runner.mask.sum())
     finally:
         for handle in handles:
             handle.remove()
+    places = [gradient.shape[:-1] for gradient in gradients]
+    pooled: dict[str, list[Tensor]] = {}
+    for name, parts in of_tokens.items():
+        if [part.numel() for part in parts] == [place.numel() for place in places] and sums[name].any():
+            whole = torch.cat([part.view(place) for part, place in zip(parts, places, strict=True)])
+            pooled.setdefault(leader[name], []).append(whole * (tokens / whole.double().sum()).float())
+    means = {name: torch.stack(parts).mean(dim=0) for name, parts in pooled.items()}
     found = {}
     for name, total in sums.items():
-        f_N = total / tokens
-        found[name] = Sensitivity(f_N, grams[name].mean() / f_N.sum() if f_N.any() else None)
+        moments_II = grams[name].mean() * grams[name].tokens / total.sum() if moments and total.any() else None
+        found[name] = Sensitivity(total / tokens, moments_II, means.get(leader[name]))
     return before, found
 
 

@@ -45,18 +45,22 @@ class SeenGram:
         self.target, self.seen = Gram(width, device), Gram(width, device)
         self.cross_II = torch.zeros(width, width, dtype=torch.float64, device=device)
 
-    def add(self, target: Tensor, seen: Tensor, mask: Tensor | None = None) -> None:
-        """Add inputs `[..., I]` and what is seen of them; `mask` as in `Gram.add`."""
-        self.target.add(target, mask)
-        self.seen.add(seen, mask)
-        target_TI, seen_TI = _counted(target, mask), _counted(seen, mask)
+    def add(self, target: Tensor, seen: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Add inputs `[..., I]` and what is seen of them; `mask` and `weights` as in `Gram.add`."""
+        self.target.add(target, mask, weights)
+        self.seen.add(seen, mask, weights)
+        target_TI, seen_TI = _counted(target, mask, weights), _counted(seen, mask, weights)
         self.cross_II += (target_TI.T @ seen_TI).double()
 
 
-def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The tokens that count, `[T, I]` fp32."""
+def _counted(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
+    """The tokens that count, `[T, I]` fp32, times the roots of their weights."""
     x_TI = x.detach().reshape(-1, x.shape[-1])
-    return (x_TI if mask is None else x_TI[mask.reshape(-1).to(x.device).bool()]).float()
+    roots_T1 = None if weights is None else weights.reshape(-1, 1).to(x.device).sqrt()
+    if mask is not None:
+        keep = mask.reshape(-1).to(x.device).bool()
+        x_TI, roots_T1 = x_TI[keep], roots_T1 if roots_T1 is None else roots_T1[keep]
+    return x_TI.float() if roots_T1 is None else x_TI.float() * roots_T1
 
 
 class Gram:
@@ -66,9 +70,10 @@ class Gram:
         self.sum_II = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Add inputs `[..., I]`; `mask` `[...]` is true for the tokens that count, padding is left out."""
-        x_TI = _counted(x, mask)
+    def add(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Add inputs `[..., I]`; `mask` `[...]` is true for the tokens that count, padding is left out; a token's products
+        count `weights` `[...]` times."""
+        x_TI = _counted(x, mask, weights)
         # The product is symmetric: only the blocks on and above the diagonal are computed.
         for start in range(0, x_TI.shape[1], _BLOCK_COLUMNS):
             rows = slice(start, start + _BLOCK_COLUMNS)

@@ -106,7 +106,9 @@ def compress_blocks(
         if index in done:
             packed, reports = read_block(staging, index)
         elif gathers:
-            grams = runner.grams(index, linears, keep=original_inputs and propagate, views=_views(jobs))
+            weights = {name: prepared.token_weights[name].read() for name in linears if name in prepared.token_weights}
+            keep = original_inputs and propagate
+            grams = runner.grams(index, linears, keep=keep, views=_views(jobs), weights=weights)
             packed, reports = _compress_jobs(prepared, jobs, grams, progress)
             if prepared.recipe.refine.epochs:
                 packed, reports = _refined(prepared, runner, index, packed, reports, grams, progress)

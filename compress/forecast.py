@@ -8,11 +8,11 @@ import torch
 from rich.table import Table
 
 from compress import methods
-from compress.allocation import trial_flops
 from compress.layers import dense_bytes, packed_bytes
 from compress.plan import Job, Plan
 from compress.prepare import Prepared
 from compress.report import duration, megabytes, sizes
+from compress.trials import trial_flops
 
 
 def predicted_memory_bytes(prepared: Prepared) -> int:

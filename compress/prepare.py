@@ -15,6 +15,7 @@ from compress.model import build_skeleton, decoder_blocks, require_compressible
 from compress.plan import Plan, make_plan
 from compress.recipe import Recipe
 from compress.source import Source, open_source
+from compress.tensorfile import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Prepared:
     plan: Plan
     device: torch.device
     dtype: torch.dtype
-    sensitivity: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of the output neurons, see compress.allocation
+    # what the model's output minds, by matrix, see compress.allocation: of output neurons, and of tokens
+    sensitivity: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    token_weights: Mapping[str, StoredTensor] = field(default_factory=dict)
 
 
 def prepare(model: str | Path, recipe: Recipe, device: str = "auto") -> Prepared:

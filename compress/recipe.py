@@ -56,6 +56,13 @@ class Calibration(_Strict):
     paired_share: float = Field(
         0.25, gt=0, le=1, description="how much of the difference between the two a paired fit makes good"
     )
+    token_weighting: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share in a token's weight of how much the model's output minds errors there; 0: all count alike, "
+        "else a backward pass over the calibration text is taken",
+    )
 
 
 class Refine(_Strict):

@@ -21,7 +21,7 @@ from torch import nn
 
 from compress import checkpoint
 from compress.allocation import FILE as ALLOCATION
-from compress.allocation import allocated
+from compress.allocation import SENSITIVITY, allocated
 from compress.bases import rotated, write_cache_bases, write_rotated
 from compress.blockwise import Progress, Silent, compress_blocks
 from compress.calibrate import data
@@ -103,12 +103,12 @@ def run(
 
 @contextmanager
 def _worth_keeping(staging: Path) -> Iterator[None]:
-    """On failure, keep only what a resumed run can use: finished blocks, which are hours of work on a large model, and the
-    outcome of a search."""
+    """On failure, keep only what a resumed run can use: finished blocks, which are hours of work on a large model, and what
+    was found before them."""
     try:
         yield
     except BaseException as error:
-        finished = [*staging.glob("block-*.safetensors"), *staging.glob(ALLOCATION)]
+        finished = [*staging.glob("block-*.safetensors"), *staging.glob(SENSITIVITY)]
         if isinstance(error, CompressError) or not finished:
             shutil.rmtree(staging, ignore_errors=True)
         raise

@@ -12,8 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress import allocation
-from compress.allocation import trial_flops
+from compress import trials
 from compress.blockwise import Silent, start_runner
 from compress.calibrate.sensitivity import StoredStates, output_gradients, through_block
 from compress.errors import CompressError
@@ -25,6 +24,7 @@ from compress.plan import Job
 from compress.prepare import prepare
 from compress.recipe import Recipe
 from compress.run import _tokens, run
+from compress.trials import trial_flops
 from helpers import save_tiny, tiny_recipe
 
 
@@ -87,7 +87,7 @@ def test_sensitivity_equals_the_gradient_of_the_whole_model(family: str, tmp_pat
         module.register_forward_pre_hook(lambda module, args, name=module_name: inputs.update({name: args[0]}))
         module.register_forward_hook(lambda module, args, output, name=module_name: outputs.update({name: output}))
     generator, expected, count = torch.Generator().manual_seed(3), dict.fromkeys(found, 0.0), 0
-    weighted = dict.fromkeys(found, 0.0)
+    weighted, of_tokens = dict.fromkeys(found, 0.0), {name: [] for name in found}
     for ids, _ in runner.batches:
         logits = model(ids).logits.flatten(0, 1)
         sampled = torch.multinomial(logits.softmax(dim=-1).detach(), 1, generator=generator).squeeze(1)
@@ -96,11 +96,48 @@ def test_sensitivity_equals_the_gradient_of_the_whole_model(family: str, tmp_pat
             squares, x = gradient.flatten(0, 1).double().square(), inputs[key].detach().flatten(0, 1).double()
             expected[key] = expected[key] + squares.sum(dim=0)
             weighted[key] = weighted[key] + x.T @ (x * squares.sum(dim=1, keepdim=True))
+            of_tokens[key].append(squares.sum(dim=1).view(ids.shape))
         count += ids.numel()
     for key, value in found.items():
         assert torch.allclose(value.outputs_N, expected[key] / count, rtol=1e-3, atol=1e-9)
         moments = weighted[key] / expected[key].sum()
         assert float((value.inputs_II - moments).norm() / moments.norm()) < 1e-3
+        alike = next(names for names in ALIKE if key.endswith(names))
+        shares = [torch.cat(of_tokens[key.rpartition(".")[0] + name]) for name in alike]
+        mean = sum(share / share.mean() for share in shares) / len(shares)
+        assert torch.allclose(value.tokens_BL.double(), mean, rtol=1e-2, atol=1e-3)
+
+
+DOCUMENTS = [line for line in trials.__doc__.splitlines() if line][-6:]
+ALIKE = [(".q_proj", ".k_proj", ".v_proj"), (".o_proj",), (".gate_proj", ".up_proj"), (".down_proj",)]
+
+
+@pytest.mark.parametrize("method", ["gptq", "resq", "cospadi"])
+def test_weights_of_tokens_change_what_is_fitted(method: str, tmp_path: Path) -> None:
+    """Also where texts are padded, and where the model is rotated."""
+    path = save_tiny(tmp_path / "tiny", num_attention_heads=4, num_key_value_heads=2)
+    weights = {"method": method, **({"dictionary": "identity", "ratio": 0.4} if method == "cospadi" else {})}
+    files = {}
+    for share in (0.0, 0.7):
+        calibration = {"samples": 6, "length": 100, "layout": "documents", "token_weighting": share}
+        recipe = Recipe.from_dict({"calibration": calibration, "weights": weights})
+        run(path, recipe, tmp_path / f"out{share}", texts=DOCUMENTS)
+        files[share] = (tmp_path / f"out{share}" / "model.safetensors").read_bytes()
+        assert not (tmp_path / f"out{share}" / "allocation.json").exists()
+    assert files[0.0] != files[0.7]
+
+
+def test_padding_has_no_weight(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "tiny")
+    calibration = {"samples": 6, "length": 100, "layout": "documents", "token_weighting": 1.0}
+    prepared = prepare(path, Recipe.from_dict({**tiny_recipe(), "calibration": calibration}), "cpu")
+    tokens = _tokens(prepared, DOCUMENTS)
+    assert not tokens.mask.all()
+    found = trials.run_trials(prepared, [], tokens, tmp_path, Silent()).tokens
+    assert found.keys() == {job.name for job in prepared.plan.jobs}
+    for weights in found.values():
+        assert weights.shape == tokens.ids.shape and not weights[~tokens.mask].any()
+        assert float(weights.sum()) == pytest.approx(tokens.count, rel=1e-4)
 
 
 def total_bytes(path: Path) -> tuple[int, int]:
@@ -169,7 +206,8 @@ def test_the_dry_runs_time_counts_the_trials(tiny: Path) -> None:
 
 
 def test_a_killed_search_resumes_with_the_same_bytes(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe.from_dict(tiny_recipe(dictionary="identity", allocation="search", ratio=0.3))
+    recipe = tiny_recipe(dictionary="identity", allocation="search", ratio=0.3)
+    recipe = Recipe.from_dict({**recipe, "calibration": {**recipe["calibration"], "token_weighting": 0.5}})
     run(tiny, recipe, tmp_path / "whole")
     done = []
 
@@ -182,7 +220,7 @@ def test_a_killed_search_resumes_with_the_same_bytes(tiny: Path, tmp_path: Path,
     with pytest.raises(KeyboardInterrupt):
         run(tiny, recipe, tmp_path / "resumed", progress=Killed())
     assert (tmp_path / ".resumed.partial" / "allocation.json").exists()
-    monkeypatch.setattr("compress.allocation._trials", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr("compress.allocation.run_trials", lambda *_: pytest.fail("searched again"))
     run(tiny, recipe, tmp_path / "resumed")
     for file in ("model.safetensors", "allocation.json"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "resumed" / file).read_bytes()
@@ -269,7 +307,7 @@ def test_a_sample_of_neurons_tells_what_all_would_cost() -> None:
     """Whether they count alike, or a few of them for nearly everything."""
     errors = torch.rand(4096) + 0.5
     for importance in (None, torch.zeros(4096), torch.rand(4096), 1 / (torch.rand(4096) + 1e-3)):
-        rows, share = allocation._sample(importance, 4096, 16)
+        rows, share = trials._sample(importance, 4096, 16)
         assert len(rows) == 256 == len(rows.unique())
         counts = torch.ones(4096) if importance is None or not importance.any() else importance
         assert 0.9 < share * float(errors[rows] @ counts[rows]) / float(errors @ counts) < 1.1
@@ -282,7 +320,7 @@ def test_forms_are_judged_by_name_and_shape() -> None:
         Job(f"layers.0.{name}.up_proj", 0, {"in_features": 64, "out_features": outputs}, rule)
         for name, outputs in (("shared", 128), ("expert", 32))
     )
-    forms = allocation._Forms()
+    forms = trials._Forms()
     for _ in range(10):
         forms.note(wide, 1)
     assert forms.worth_it(wide, 3) == [1] and forms.worth_it(narrow, 1) == [0]

@@ -63,6 +63,14 @@ def test_grams_are_those_of_the_inputs_and_shared(keep: bool) -> None:
     assert grams["self_attn.q_proj"] is grams["self_attn.k_proj"]
     assert grams["mlp.gate_proj"] is grams["mlp.up_proj"]
     assert len({id(gram) for gram in grams.values()}) == 4
+    if not keep:  # the same inputs again, tokens counted differently
+        counts = torch.rand(4, 24)
+        mask = torch.cat([mask for _, mask in runner.batches])
+        weighted = runner.grams(0, linears, keep=False, weights={"mlp.down_proj": counts})
+        x = torch.cat(inputs["mlp.down_proj"]).double()
+        want = x.T @ (x * counts[mask].double().unsqueeze(1)) / len(x)
+        assert torch.allclose(weighted["mlp.down_proj"].mean(), want, atol=1e-5)
+        assert torch.equal(weighted["mlp.up_proj"].mean(), grams["mlp.up_proj"].mean())
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
