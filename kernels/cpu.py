@@ -27,7 +27,7 @@ from compress.kernels.layout import outer_stride, tokens_of_row
 from compress.kernels.notice import reference_runs
 from compress.kernels.part import Part
 
-_DTYPES = (torch.float32, torch.bfloat16)  # of inputs and outputs
+DTYPES = (torch.float32, torch.bfloat16)  # of inputs and outputs
 _PARTS = 8  # of a sum over tokens: whatever the threads, it is added up in the same order
 MOST_TOKENS = 16  # above, weights are multiplied out: they are read once for all tokens, and MKL is faster
 _SCRATCH_BYTES = 2 << 20  # of a weight multiplied out: within any second-level cache and its neighbour
@@ -39,7 +39,7 @@ _FUNCTIONS = {  # the types of their arguments, told once: converting each at ev
     "expand_integers": "ppplllillli",
     "sparse_linear": "pippppilllllilli",
     "expand_sparse": "ppppllllilli",
-    "butterflies": "plli",
+    "hadamard": "pilpiplllli",
     "expand_groups": "pllpllipppilllllllii",
     "group_scores": "pllpllippppllllllii",
     "group_sums": "pllpllipppllllllii",
@@ -116,7 +116,7 @@ def integer_linear(x_MK: Tensor, parts: Sequence[Part]) -> Tensor:
     Inputs are rounded to 15 bits and a sign per group of the weight, which must begin at multiples of 8; to the bits and
     slices of a part first, if it has any, and then not again where a group lies in one slice.
     """
-    if x_MK.dtype not in _DTYPES:
+    if x_MK.dtype not in DTYPES:
         return integer_linear(x_MK.float(), parts).to(x_MK.dtype)
     if x_MK.stride(1) != 1:
         x_MK = x_MK.contiguous()
@@ -134,10 +134,16 @@ def integer_linear(x_MK: Tensor, parts: Sequence[Part]) -> Tensor:
     return y_MN
 
 
-def butterflies(y: Tensor) -> None:
-    """Sylvester's transform of the last dimension, a power of two, of a contiguous fp32 tensor, in place, not scaled."""
-    width = y.shape[-1]
-    compiled().butterflies(y.data_ptr(), y.numel() // width, width, torch.get_num_threads())
+def hadamard(x_RI: Tensor, base_mm: Tensor, block: int) -> Tensor:
+    """Rows of blocks, in fp32 or bf16, times the Hadamard matrix of order `block` = m 2^k, from H_m in fp32."""
+    x_RI = x_RI if x_RI.stride(1) == 1 else x_RI.contiguous()
+    (rows, width), m, narrow = x_RI.shape, base_mm.shape[0], x_RI.dtype == torch.bfloat16
+    y_RI = x_RI.new_empty(rows, width)
+    compiled().hadamard(
+        x_RI.data_ptr(), narrow, x_RI.stride(0), y_RI.data_ptr(), narrow, base_mm.data_ptr(), rows, width // block, m,
+        block // m, torch.get_num_threads(),
+    )  # fmt: skip
+    return y_RI
 
 
 def expanded(packed: Tensor, scale_NG: Tensor, bits: int, group_size: int, out_NK: Tensor) -> None:
@@ -157,7 +163,7 @@ def sparse_linear(
 
     The values are bf16, or integers with scales; of these, both the units and the groups must be multiples of 8.
     """
-    if x_MA.dtype not in _DTYPES:
+    if x_MA.dtype not in DTYPES:
         return sparse_linear(x_MA.float(), values, scale_NG, mask, units, bits, group_size).to(x_MA.dtype)
     x_MA, narrow = x_MA.contiguous(), x_MA.dtype == torch.bfloat16
     (tokens, atoms), (rows, row_values) = x_MA.shape, values.shape

@@ -107,12 +107,12 @@ hadamard = torch.library.custom_op("compress::hadamard", hadamard_reference, mut
 
 @hadamard.register_kernel("cpu")
 def hadamard_cpu(x: Tensor, block: int = 0) -> Tensor:
-    """Butterflies in C++: the same sums in the same order, in one pass over a row that stays in the cache."""
-    if not cpu.usable(x):
+    """All of it in C++, where runs fill a vector."""
+    order = block or block_order(x.shape[-1])
+    m = _base_order(order)
+    if not m or x.shape[-1] % order or order < 8 * m or x.dtype not in cpu.DTYPES or not cpu.usable(x):
         return hadamard_reference(x, block)
-    y = _base_product(x, block)
-    cpu.butterflies(y)
-    return y.reshape(x.shape).to(x.dtype)
+    return cpu.hadamard(x.reshape(-1, x.shape[-1]), _base_matrix(m, x.device, torch.float32), order).view(x.shape)
 
 
 @hadamard.register_kernel("cuda")
