@@ -8,7 +8,8 @@ Shapes are the four distinct linears of Llama-3-8B and of Llama-3.2-1B. Times ar
 over copies of its weights which together exceed the L2 cache, so that weights come from memory as they do in a model.
 `roofline` is the time that the bytes of the packed weight, inputs and outputs take at the memory bandwidth that a plain copy
 reaches here; `of_roofline` is the share of it that was reached, `ratio` the speed-up over bf16. One JSON line per case.
-What follows the layers, attention and whole models, is in `gpu_models.py`.
+Others' kernels for the same linears (`gpu_peers.py`) are lines of the same table; attention and whole models follow
+(`gpu_models.py`).
 
 Inputs that a form rounds are checked against the rounding of the CPU. A number between two codes may fall to either side, so
 that a few codes in a hundred thousand differ, each by one step: hence their wider bound.
@@ -35,6 +36,7 @@ from compress.recipe import Recipe
 
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it out; no file here may be called as a package is
 import gpu_models
+import gpu_peers
 
 SHAPES = {
     "8b": {"q_proj": (4096, 4096), "k_proj": (4096, 1024), "up_proj": (4096, 14336), "down_proj": (14336, 4096)},
@@ -56,7 +58,7 @@ FORMS = {
 }
 CHECKED = {"q_proj": (512, 768), "o_proj": (512, 384), "down_proj": (1536, 576)}
 BATCHES = (1, 16, 256, 2048)
-PARTS = ("layers", "attention", "models")
+PARTS = ("layers", "peers", "attention", "models")
 L2_BYTES = 128 << 20  # more than any card has
 
 
@@ -138,8 +140,9 @@ def main() -> int:
         wrong += not gpu_models.attention(options.device, None if options.check or wrong else seconds, **few)
     if options.check or wrong:
         return 1 if wrong else 0
-    if "layers" in options.parts:
-        time_layers(options.shapes, options.forms)
+    if {"layers", "peers"} & {*options.parts}:
+        forms = options.forms if "layers" in options.parts else []
+        time_layers(options.shapes, forms, "peers" in options.parts)
     if "models" in options.parts:
         gpu_models.decoding(options.shapes, options.device)
     return 0
@@ -166,9 +169,10 @@ def check_layers(forms: list[str], device: str) -> int:
     return wrong
 
 
-def time_layers(shapes: list[str], forms: list[str]) -> None:
+def time_layers(shapes: list[str], forms: list[str], peers: bool) -> None:
     bandwidth = copy_bandwidth()
     print(json.dumps({"bytes_per_second": bandwidth}))
+    known = {batch: usable_peers(batch) if peers else [] for batch in BATCHES}
     for size in shapes:
         for name, shape in SHAPES[size].items():
             copies = max(2, -(-L2_BYTES // (2 * shape[0] * shape[1])))
@@ -184,15 +188,36 @@ def time_layers(shapes: list[str], forms: list[str]) -> None:
                 layers = [one] + [random_layer(form, name, shape, "cuda") for _ in range(1, -(-L2_BYTES // size_bytes))]
                 for batch in BATCHES:
                     x = torch.randn(batch, shape[0], device="cuda", dtype=torch.bfloat16)
-                    took = seconds(layers, x)
                     least = (size_bytes + 2 * batch * sum(shape)) / bandwidth
-                    line = {
-                        "model": size, "layer": name, "form": form, "batch": batch, "microseconds": round(1e6 * took, 2),
-                        "dense": round(1e6 * dense[batch], 2), "ratio": round(dense[batch] / took, 2),
-                        "roofline": round(1e6 * least, 2), "of_roofline": round(least / took, 2),
-                    }  # fmt: skip
-                    print(json.dumps(line), flush=True)
+                    print_line(size, name, form, batch, seconds(layers, x), dense[batch], least)
                 del layers
+            for peer in dict.fromkeys(one for ones in known.values() for one in ones):
+                one = gpu_peers.PEERS[peer](*shape, "cuda")
+                runs = [one.run] + [gpu_peers.PEERS[peer](*shape, "cuda").run for _ in range(1, -(-L2_BYTES // one.bytes))]
+                for batch in (batch for batch in BATCHES if peer in known[batch]):
+                    x = gpu_peers.inputs_of(peer, batch, shape[0], "cuda")
+                    least = (one.bytes + 2 * batch * sum(shape)) / bandwidth
+                    print_line(size, name, peer, batch, seconds(runs, x), dense[batch], least)
+                del one, runs
+
+
+def usable_peers(batch: int) -> list[str]:
+    """The peers that can be measured at a batch; why others cannot is printed."""
+    found = dict(gpu_peers.usable(batch, "cuda"))
+    for peer, why in found.items():
+        if why:
+            print(json.dumps({"left_out": peer, "batch": batch, "why": why}), flush=True)
+    return [peer for peer, why in found.items() if not why]
+
+
+def print_line(size: str, name: str, form: str, batch: int, took: float, dense: float, least: float) -> None:
+    """One case: its time, the dense layer's and the least that its bytes take, in seconds."""
+    line = {
+        "model": size, "layer": name, "form": form, "batch": batch, "microseconds": round(1e6 * took, 2),
+        "dense": round(1e6 * dense, 2), "ratio": round(dense / took, 2),
+        "roofline": round(1e6 * least, 2), "of_roofline": round(least / took, 2),
+    }  # fmt: skip
+    print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def test_sparse_dictionary(shape: tuple, bits: int, tokens: int) -> None:
 @pytest.mark.parametrize(("width", "block"), [(1, 0), (8, 0), (12, 0), (96, 8), (4096, 0), (28 * 64, 0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_transform_is_that_of_the_reference(width: int, block: int, dtype: torch.dtype) -> None:
-    """For no token and many, from a tensor with strides. Of powers of two the same sums in the same order, to the last bit."""
+    """For no token and many, from a tensor with strides. Powers of two: the same sums in the same order, to the last bit."""
     for tokens in (0, 1, 5):
         x = torch.randn(tokens, 2 * width).to(dtype)[:, ::2]
         got, want = hadamard(x, block), hadamard_reference(x, block)
