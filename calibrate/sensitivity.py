@@ -111,6 +111,8 @@ def through_block(
     try:
         for number, gradient in enumerate(gradients):
             fed.clear()
+            for left in inputs.values():
+                left.clear()  # a linear whose output got no gradient
             before.append(runner.backward(index, number, gradient))
             tokens += gradient.shape[:-1].numel() if runner.mask is None else int(runner.mask.sum())
     finally:

@@ -34,6 +34,7 @@ from compress.recipe import Recipe
 from compress.report import Report
 from compress.rotation import RotatedSource
 from compress.staging import check_staging, forget_finished, identity_of, locked, open_staging, staging_of
+from compress.trials import states_bytes
 
 
 def run(
@@ -218,10 +219,10 @@ def _require_new(output: Path, recipe: Recipe) -> None:
 
 
 def _require_space(prepared: Prepared, folder: Path) -> None:
-    """Block files and assembled shards exist together for a moment."""
+    """Block files and assembled shards exist together for a moment; hidden states only before them."""
     copied = sum(tensor.num_bytes for tensor in prepared.source.tensors.values())
     dense = sum(prepared.source.tensors[f"{job.name}.weight"].num_bytes for job in prepared.plan.jobs)
-    needed = copied - dense + 2 * prepared.plan.packed_bytes + (64 << 20)
+    needed = max(copied - dense + 2 * prepared.plan.packed_bytes, states_bytes(prepared)) + (64 << 20)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CompressError(f"no space left: {folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed")

@@ -132,6 +132,14 @@ def trial_flops(prepared: Prepared) -> float:
     return total
 
 
+def states_bytes(prepared: Prepared) -> int:
+    """Bytes on disk of the hidden states that the way back needs."""
+    options, plan = prepared.recipe.calibration, prepared.plan
+    passes = _Passes(prepared, open_jobs(plan), options.samples * options.length)
+    width = prepared.model.config.get_text_config(decoder=True).hidden_size
+    return passes.tokens * width * prepared.dtype.itemsize * plan.num_blocks if passes.backwards else 0
+
+
 def _one_of(method: ModuleType, options: methods.MethodConfig, neurons: int) -> int:
     """One of how many neurons is tried."""
     alone = hasattr(method, "solves_neurons_alone") and method.solves_neurons_alone(options)

@@ -194,15 +194,22 @@ def test_auto_tries_nothing_where_inputs_outnumber_outputs() -> None:
 
 
 def test_the_dry_runs_time_counts_the_trials(tiny: Path) -> None:
-    flops = {}
+    flops, disk = {}, {}
     for name, changes in {
         "given": {"dictionary": "identity"},
+        "weighted": {"dictionary": "identity"},
+        "fisher": {"dictionary": "identity", "weighting": "fisher"},
         "tried": {"dictionary": "auto"},
         "searched": {"dictionary": "auto", "allocation": "search"},
     }.items():
-        prepared = prepare(tiny, Recipe.from_dict(tiny_recipe(ratio=0.3, **changes)))
-        flops[name] = trial_flops(prepared)
-    assert flops["given"] == 0 < flops["tried"] < flops["searched"]
+        recipe = tiny_recipe(ratio=0.3, **changes)
+        recipe["calibration"]["token_weighting"] = 0.5 if name == "weighted" else 0
+        prepared = prepare(tiny, Recipe.from_dict(recipe))
+        flops[name], disk[name] = trial_flops(prepared), trials.states_bytes(prepared)
+    assert flops["given"] == 0 < flops["tried"] < flops["searched"] and flops["weighted"] > 0 < flops["fisher"]
+    blocks, width = prepared.plan.num_blocks, prepared.model.config.hidden_size
+    whole = 8 * 64 * width * 4 * blocks
+    assert disk == {"given": 0, "weighted": whole, "fisher": whole, "tried": 0, "searched": whole}
 
 
 def test_a_killed_search_resumes_with_the_same_bytes(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
