@@ -110,6 +110,11 @@ def _stored_parts(*parts: tuple) -> ctypes.Array:
     return (_Part * len(parts))(*parts)
 
 
+def _require_here(packed: Tensor) -> None:
+    if not packed.is_cpu:
+        raise RuntimeError(f"inputs on the CPU meet a weight on {packed.device}; move one of them")
+
+
 def integer_linear(x_MK: Tensor, parts: Sequence[Part]) -> Tensor:
     """`[M, N]`, in the dtype of the inputs, of few tokens and a packed weight with bf16 scales, codes against codes.
 
@@ -120,9 +125,10 @@ def integer_linear(x_MK: Tensor, parts: Sequence[Part]) -> Tensor:
         return integer_linear(x_MK.float(), parts).to(x_MK.dtype)
     if x_MK.stride(1) != 1:
         x_MK = x_MK.contiguous()
+    _require_here(parts[0].packed)
     (tokens, width), rows = x_MK.shape, parts[0].packed.shape[0]
     stored = []
-    for packed, scale, bits, start, stop, group, _, seen_bits, slices, clip in parts:
+    for packed, scale, bits, start, stop, group, seen_bits, slices, clip in parts:
         columns = stop - start
         shape = start, columns, packed.shape[1], group or columns, scale.shape[1], columns // slices
         stored.append((packed.data_ptr(), scale.data_ptr(), *shape, bits, seen_bits, clip))
@@ -165,6 +171,7 @@ def sparse_linear(
     """
     if x_MA.dtype not in DTYPES:
         return sparse_linear(x_MA.float(), values, scale_NG, mask, units, bits, group_size).to(x_MA.dtype)
+    _require_here(values)
     x_MA, narrow = x_MA.contiguous(), x_MA.dtype == torch.bfloat16
     (tokens, atoms), (rows, row_values) = x_MA.shape, values.shape
     y_MN = x_MA.new_empty(tokens, rows)

@@ -34,6 +34,7 @@ from compress.kernels import cpu, gpu, gpu_hadamard
 from compress.kernels.notice import reference_runs
 
 _LARGEST_BASE = 1024  # past it the dense product with H_m is no longer a small part of the cost
+_SMALL_BASE = 64  # 1,536 inputs have 12, 7,168 have 28; at 148 (18,944) both ways take as long
 
 
 def hadamard_matrix(order: int) -> Tensor:
@@ -107,10 +108,10 @@ hadamard = torch.library.custom_op("compress::hadamard", hadamard_reference, mut
 
 @hadamard.register_kernel("cpu")
 def hadamard_cpu(x: Tensor, block: int = 0) -> Tensor:
-    """All of it in C++, where runs fill a vector."""
+    """All of it in C++, where runs fill a vector and H_m is small: MKL multiplies by large ones."""
     order = block or block_order(x.shape[-1])
     m = _base_order(order)
-    if not m or x.shape[-1] % order or order < 8 * m or x.dtype not in cpu.DTYPES or not cpu.usable(x):
+    if not m or x.shape[-1] % order or order < 8 * m or m > _SMALL_BASE or x.dtype not in cpu.DTYPES or not cpu.usable(x):
         return hadamard_reference(x, block)
     return cpu.hadamard(x.reshape(-1, x.shape[-1]), _base_matrix(m, x.device, torch.float32), order).view(x.shape)
 

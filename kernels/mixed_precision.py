@@ -35,7 +35,7 @@ from compress.kernels import cpu, gpu, gpu_hadamard, gpu_rounded, gpu_rounding
 from compress.kernels.hadamard import gpu_base, hadamard, hadamard_cpu
 from compress.kernels.notice import reference_runs
 from compress.kernels.pack import unpack_signed
-from compress.kernels.part import Part, segment_of
+from compress.kernels.part import Part
 
 _EXACT = 1 << 24  # integers up to here are exact in fp32
 
@@ -101,7 +101,7 @@ def _part_sizes(
     slices = activation_groups if activation_bits < 16 else 1
 
     def sizes(bits: int, start: int, stop: int, seen_bits: int, clip: float) -> tuple:
-        return bits, start, stop, group_size, segment_of(stop - start, group_size, slices), seen_bits, slices, clip
+        return bits, start, stop, group_size, seen_bits, slices, clip
 
     low_width = width - high_features
     parts = [sizes(bits, 0, low_width, activation_bits, clip if activation_bits < 8 else 0.0)]
@@ -167,10 +167,11 @@ mixed_precision = torch.library.custom_op("compress::mixed_precision", mixed_pre
 
 @mixed_precision.register_kernel("cpu")
 def mixed_precision_cpu(x: Tensor, *stored: Any) -> Tensor:
-    """Few tokens: codes against codes, without a weight. Many: the weight multiplied out by blocks of rows, in fp32."""
+    """Few tokens: codes against codes (or 15 bits of what slices narrower than a group hold), without a weight. Many: the
+    weight multiplied out by blocks of rows, in fp32."""
     *_, high_features, group_size, activation_bits, _, _, rotate = stored
     rounds, parts = activation_bits < 16, _parts(x.shape[-1], *stored)
-    whole = group_size % 8 == 0
+    whole = group_size % 8 == 0 or group_size >= x.shape[-1]
     if not whole:
         reference_runs(f"no CPU kernel walks groups of {group_size}; multiples of 8 have one")
     if not whole or not cpu.usable(x) or parts[0].scale.dtype != torch.bfloat16:

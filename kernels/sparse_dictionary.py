@@ -27,7 +27,7 @@ from torch import Tensor
 from compress.kernels import cpu, gpu
 from compress.kernels.notice import reference_runs
 from compress.kernels.pack import unpack_signed
-from compress.kernels.part import Part, segment_of
+from compress.kernels.part import Part
 
 _BITS = tuple(1 << bit for bit in range(8))
 
@@ -127,7 +127,7 @@ def sparse_dictionary_cpu(x: Tensor, *stored: Any) -> Tensor:
         y = u_MA @ values.float().T
     elif few:
         width = u_MA.shape[1]
-        y = cpu.integer_linear(u_MA, [Part(values, scale, bits, 0, width, group, segment_of(width, group, 1))])
+        y = cpu.integer_linear(u_MA, [Part(values, scale, bits, 0, width, group)])
     else:
 
         def expand(rows: slice, out: Tensor) -> None:

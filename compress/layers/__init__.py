@@ -52,10 +52,15 @@ class CompressedLinear(nn.Module, ABC):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def stored(self, *names: str) -> list[Tensor | None]:
-        """Packed tensors by name, None for those that the spec has not: looked up where a module keeps them, because the
-        search behind `self.name` takes a decode step as long as small products do."""
-        integers, floats = self._buffers, self._parameters
-        return [integers[name] if name in integers else floats.get(name) for name in names]
+        """Packed tensors by name, None for those that the spec has not: looked up where a module (or its replica, in its
+        `__dict__`) keeps them, because the search behind `self.name` takes a decode step as long as small products do."""
+        own, integers, floats = self.__dict__, self._buffers, self._parameters
+        return [integers[name] if name in integers else floats.get(name, own.get(name)) for name in names]
+
+    def require_width(self, x: Tensor) -> None:
+        """Raise ValueError for inputs that this layer does not have: kernels take widths from the weight."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected {self.in_features} inputs in the last dimension, got {tuple(x.shape)}")
 
     @classmethod
     @abstractmethod

@@ -74,6 +74,7 @@ class Layer(CompressedLinear):
                 raise ValueError(f"{name} has codes beyond its {width} columns")
 
     def forward(self, x: Tensor) -> Tensor:
+        self.require_width(x)
         run = mixed_precision_cpu if direct(x) else mixed_precision
         *packed, bias = self.stored("low", "low_scale", "high", "high_scale", "bias")
         y = run(_gather(self.spec, x), *packed, *self._options)

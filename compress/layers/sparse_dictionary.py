@@ -90,6 +90,7 @@ class Layer(CompressedLinear):
                 raise ValueError(f"mask is not balanced: groups of {spec['balance']} atoms hold different numbers of bits")
 
     def forward(self, x: Tensor) -> Tensor:
+        self.require_width(x)
         run = sparse_dictionary_cpu if direct(x) else sparse_dictionary
         *packed, bias = self.stored(*_PACKED, "bias")
         y = run(x, *packed, *self._options)

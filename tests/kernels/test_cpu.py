@@ -21,7 +21,9 @@ from compress.kernels.mixed_precision import (
 )
 from compress.kernels.pack import pack_signed, unpack_signed
 from compress.kernels.part import Part
-from compress.kernels.sparse_dictionary import sparse_dictionary, sparse_dictionary_reference
+from compress.kernels.sparse_dictionary import pack_mask, sparse_dictionary, sparse_dictionary_reference
+from compress.layers import build
+from compress.linalg import largest_per_row
 from kernels.test_sparse_dictionary import case
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -48,7 +50,7 @@ def test_integer_product(bits: int, width: int, group: int) -> None:
     weight = dequantize_part(packed, scale, bits, width, group).double()
     for tokens in TOKENS:
         x = torch.randn(tokens, width) * torch.logspace(-2, 2, width)
-        got = cpu.integer_linear(x, [Part(packed, scale, bits, 0, width, group, group or width)])
+        got = cpu.integer_linear(x, [Part(packed, scale, bits, 0, width, group)])
         # half a step of 15 bits for every input, and fp32, in which the offsets of the codes are taken off
         bound = x.abs().amax(dim=1, keepdim=True).double() * weight.abs().sum(dim=1) / 65534 * 1.02
         bound += x.abs().sum(dim=1, keepdim=True).double() * scale.abs().amax(dim=1).double() * (1 << bits) * 2**-22
@@ -72,7 +74,7 @@ def test_integers_stay_exact(bits: int, tail: int) -> None:
     packed, scale = packed_case(5, width, bits, 0)
     x = torch.randint(-100, 156, (3, width)).float()
     x[:, 0], x[:, -1] = -100, 155
-    got = cpu.integer_linear(x, [Part(packed, torch.ones_like(scale), bits, 0, width, 0, width, seen_bits=8)])
+    got = cpu.integer_linear(x, [Part(packed, torch.ones_like(scale), bits, 0, width, 0, seen_bits=8)])
     assert torch.equal(got.double(), x.double() @ unpack_signed(packed, bits, width).double().T)
 
 
@@ -87,7 +89,7 @@ def test_rounded_inputs(width: int, slices: int, group: int, clip: float, bits: 
     x = torch.randn(6, width + 5)[:, 3 : 3 + width]
     x[1], x[2], x[3], x[4, 0] = 0, x[2].abs(), -x[3].abs(), 1e20
     packed, scale = pack_signed(torch.eye(width).int(), 4), torch.ones(width, -(-width // (group or width))).bfloat16()
-    part = Part(packed, scale, 4, 0, width, group, 0, bits, slices, clip)
+    part = Part(packed, scale, 4, 0, width, group, bits, slices, clip)
     got, want = cpu.integer_linear(x, [part]), round_activation(x, bits, slices, clip)
     step = rounded_activation(x, bits, slices, clip)[1].repeat_interleave(width // slices, dim=1)
     # offsets of 8 times the sum of the inputs are taken off in fp32. The mean square is added up in another order, which
@@ -158,17 +160,46 @@ def test_sparse_dictionary(shape: tuple, bits: int, tokens: int) -> None:
     assert relative(sparse_dictionary(x, *arguments), sparse_dictionary_reference(x, *arguments)) < 1e-4
 
 
-@pytest.mark.parametrize(("width", "block"), [(1, 0), (8, 0), (12, 0), (96, 8), (4096, 0), (28 * 64, 0)], ids=str)
+@pytest.mark.parametrize(("width", "block"), [(8, 0), (96, 8), (4096, 0), (28 * 64, 0), (3 * 192, 192)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_transform_is_that_of_the_reference(width: int, block: int, dtype: torch.dtype) -> None:
-    """For no token and many, from a tensor with strides. Powers of two: the same sums in the same order, to the last bit."""
+    """For no token and many, from tensors with strides. Powers of two: the same sums in the same order, to the last bit."""
     for tokens in (0, 1, 5):
-        x = torch.randn(tokens, 2 * width).to(dtype)[:, ::2]
-        got, want = hadamard(x, block), hadamard_reference(x, block)
-        if width % 7:
-            assert torch.equal(got, want)
-        else:  # the products with H_28 are added up in another order
-            torch.testing.assert_close(got, want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        wide = torch.randn(tokens, 2 * width).to(dtype)
+        for x in (wide[:, ::2], wide[:, width:]):
+            got, want = hadamard(x, block), hadamard_reference(x, block)
+            if width in (28 * 64, 3 * 192):  # the products with H_28 and H_12 are added up in another order
+                torch.testing.assert_close(got, want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+            else:
+                assert torch.equal(got, want)
+
+
+LAYERS = {
+    "mixed_precision": {
+        "bits": 4, "group_size": 32, "high_features": 0, "high_bits": 8, "heads": 0, "hadamard": False,
+        "activation_bits": 16, "activation_groups": 1, "clip": 0.0,
+    },
+    "sparse_dictionary": {
+        "unit_atoms": True, "num_atoms": 0, "num_nonzeros": 20, "value_bits": 4, "dictionary_bits": 16, "group_size": 32,
+        "balance": 0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_refuse_inputs_of_another_width_and_are_replicated(name: str) -> None:
+    layer = build({"format": name, "in_features": 64, "out_features": 24, "bias": "float32", **LAYERS[name]})
+    for tensor in layer.state_dict().values():
+        tensor.normal_() if tensor.is_floating_point() else tensor.random_(0, 256)
+    if name == "sparse_dictionary":
+        layer.mask.copy_(pack_mask(largest_per_row(torch.rand(24, 64), 20)))
+    for width in (32, 96):
+        with pytest.raises(ValueError, match="expected 64 inputs"):
+            layer(torch.randn(3, width))
+    replica, x = layer._replicate_for_data_parallel(), torch.randn(3, 64)
+    for key, tensor in layer.state_dict().items():  # as torch.nn.parallel.replicate leaves them
+        setattr(replica, key, tensor)
+    assert torch.equal(replica(x), layer(x))
 
 
 @pytest.mark.parametrize("bits", [3, 4, 16])
