@@ -26,6 +26,25 @@ View = tuple[Any, Callable[[Tensor], Tensor]]
 _NOT_FINITE = "hold NaN or infinite values"
 
 
+class Feeds:
+    """Which linears are fed the same tensor, settled by who came first: `q_proj` for `k_proj` and `v_proj`."""
+
+    def __init__(self) -> None:
+        self.leader: dict[str, str] = {}
+        self._fed: list[tuple[Tensor, Any, str]] = []  # in this batch; holds the tensors alive
+
+    def next_batch(self) -> None:
+        self._fed.clear()
+
+    def leader_of(self, name: str, x: Tensor, key: Any = None) -> str:
+        """Who was fed x first among those of an equal key, `name` itself if nobody was; the first batch decides."""
+        if name not in self.leader:
+            self.leader[name] = next((owner for other, view, owner in self._fed if other is x and view == key), name)
+        if self.leader[name] == name:
+            self._fed.append((x, key, name))
+        return self.leader[name]
+
+
 class _Stop(Exception):
     """Raised inside the model's forward once the wanted value has been seen."""
 
@@ -192,12 +211,11 @@ class BlockRunner:
         Raises:
             CompressError: a linear was never called, or its input is not finite, by name.
         """
-        leader: dict[str, str] = {}  # who collects for whom, settled by the first batch
+        feeds = Feeds()  # who collects for whom
         views, weights = views or {}, weights or {}
         sample = 0  # the first of this batch
         grams: dict[str, Gram | SeenGram] = {}
         called: set[str] = set()  # in this batch
-        seen: list[tuple[Tensor, Any, str]] = []  # inputs of this batch, their view, who got them first; holds them alive
         targets: dict[str, Tensor] = {}  # the original stream's inputs in this batch
         original = False  # which stream is running
 
@@ -208,11 +226,10 @@ class BlockRunner:
                     targets[name] = x
                     return
                 key, rounded = views.get(name, (None, None))
-                if name not in leader:
-                    leader[name] = next((owner for other, view, owner in seen if other is x and view == key), name)
-                if leader[name] == name:
-                    seen.append((x, key, name))
+                if feeds.leader_of(name, x, key) == name:
                     counts = weights[name][sample : sample + len(self.hidden[number])] if name in weights else None
+                    if counts is not None and counts.numel() != x.shape[:-1].numel():
+                        counts = None  # an expert's tokens are not the batch's
                     if rounded is None and name not in targets:
                         grams.setdefault(name, Gram(x.shape[-1], x.device)).add(x, self.mask, counts)
                     else:
@@ -229,7 +246,7 @@ class BlockRunner:
         outputs, references = [], []
         try:
             for number, ((_, mask), state) in enumerate(zip(self.batches, self.hidden, strict=True)):
-                seen.clear()
+                feeds.next_batch()
                 called.clear()
                 if self.reference is not None:
                     original = True
@@ -241,9 +258,9 @@ class BlockRunner:
             for handle in handles:
                 handle.remove()
         for name in linears:
-            if name not in leader:
+            if name not in feeds.leader:
                 raise CompressError(f"{name} is not called by its block: leave it out with a rule `method: none`")
-            gram = grams[leader[name]]
+            gram = grams[feeds.leader[name]]
             if not torch.isfinite((gram.seen if isinstance(gram, SeenGram) else gram).sum_II).all():
                 batches = zip(self.hidden, self.batches, strict=True)
                 first = next(
@@ -256,7 +273,7 @@ class BlockRunner:
             self.hidden = outputs
         if self.reference is not None:
             self.reference = references
-        return {name: grams[leader[name]] for name in linears}
+        return {name: grams[feeds.leader[name]] for name in linears}
 
     def _pass(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return (hidden,) if self.returns_tuple else hidden

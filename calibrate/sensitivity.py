@@ -20,7 +20,7 @@ Legend: T tokens, N output neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +28,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compress.calibrate.blocks import BlockRunner
+from compress.calibrate.blocks import BlockRunner, Feeds
 from compress.calibrate.statistics import Gram
+from compress.errors import CompressError
 from compress.tensorfile import read_header, write_file
 
 
@@ -68,68 +69,83 @@ class Sensitivity(NamedTuple):
 
 
 def through_block(
-    runner: BlockRunner, index: int, gradients: list[Tensor], linears: dict[str, nn.Module], *, moments: bool = True
-) -> tuple[list[Tensor], dict[str, Sensitivity]]:
-    """One block backwards: gradients of its inputs, and the sensitivities of its linears.
+    runner: BlockRunner, index: int, gradients: list[Tensor], linears: dict[str, nn.Module], moments: Collection[str] = ()
+) -> dict[str, Sensitivity]:
+    """One block backwards: the sensitivities of its linears; `gradients` become those of its inputs.
 
-    `runner.hidden` must hold the block's inputs and the block its weights.
+    `runner.hidden` must hold the block's inputs and the block its weights. Moments are gathered for those in `moments`.
+
+    Raises:
+        CompressError: gradients that are not finite, by the linear's name.
     """
     sums: dict[str, Tensor] = {}
-    grams = {name: Gram(linear.weight.shape[1], runner.device) for name, linear in linears.items()} if moments else {}
-    inputs: dict[str, list[Tensor]] = {name: [] for name in linears}
-    leader: dict[str, str] = {}  # who was fed the same tensor first
+    grams = {name: Gram(linears[name].weight.shape[1], runner.device) for name in moments}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in moments}
     of_tokens: dict[str, list[Tensor]] = {name: [] for name in linears}
-    fed: list[tuple[Tensor, str]] = []  # in this batch
-    tokens = 0
+    feeds, tokens = Feeds(), 0
 
     def remember(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
-            leader.setdefault(name, next((owner for other, owner in fed if other is args[0]), name))
-            fed.append((args[0], leader[name]))
-            if moments:
+            feeds.leader_of(name, args[0])
+            if name in inputs:
                 inputs[name].append(args[0].detach())
 
         return hook
 
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, grad_input: object, grad_output: tuple) -> None:
-            squares_TN = grad_output[0].reshape(-1, grad_output[0].shape[-1]).float().square()
-            if runner.mask is not None and runner.mask.numel() == len(squares_TN):
-                squares_TN = squares_TN * runner.mask.reshape(-1, 1).to(squares_TN.device)
-            sums[name] = sums.get(name, 0) + squares_TN.sum(dim=0).double()
-            of_token = squares_TN.sum(dim=1)
+            squares = _counted(grad_output[0], runner.mask).float().square()
+            sums[name] = sums.get(name, 0) + squares.flatten(0, -2).sum(dim=0).double()
+            of_token = squares.sum(dim=-1)
             of_tokens[name].append(of_token.cpu())
-            if moments:
-                x = inputs[name].pop()
-                grams[name].add(x.reshape(-1, x.shape[-1]).float() * of_token.sqrt().unsqueeze(1))
+            if name in inputs:
+                grams[name].add(_counted(inputs[name].pop(), runner.mask), weights=of_token)
 
         return hook
 
     handles = [linear.register_forward_pre_hook(remember(name)) for name, linear in linears.items()]
     handles += [linear.register_full_backward_hook(watch(name)) for name, linear in linears.items()]
-    before = []
+    places = []
     try:
         for number, gradient in enumerate(gradients):
-            fed.clear()
+            feeds.next_batch()
             for left in inputs.values():
-                left.clear()  # a linear whose output got no gradient
-            before.append(runner.backward(index, number, gradient))
+                left.clear()  # of a linear whose output got no gradient
+            gradients[number] = runner.backward(index, number, gradient)
+            places.append(gradient.shape[:-1])
             tokens += gradient.shape[:-1].numel() if runner.mask is None else int(runner.mask.sum())
     finally:
         for handle in handles:
             handle.remove()
-    places = [gradient.shape[:-1] for gradient in gradients]
-    pooled: dict[str, list[Tensor]] = {}
-    for name, parts in of_tokens.items():
-        if [part.numel() for part in parts] == [place.numel() for place in places] and sums[name].any():
-            whole = torch.cat([part.view(place) for part, place in zip(parts, places, strict=True)])
-            pooled.setdefault(leader[name], []).append(whole * (tokens / whole.double().sum()).float())
-    means = {name: torch.stack(parts).mean(dim=0) for name, parts in pooled.items()}
+    means = _of_tokens(of_tokens, places, feeds.leader, tokens)
     found = {}
     for name, total in sums.items():
-        moments_II = grams[name].mean() * grams[name].tokens / total.sum() if moments and total.any() else None
-        found[name] = Sensitivity(total / tokens, moments_II, means.get(leader[name]))
-    return before, found
+        if not torch.isfinite(total).all():
+            raise CompressError(f"gradients at the output of {name} are not finite: do without search and token_weighting")
+        asked = name in grams and total.any()
+        moments_II = grams[name].mean() * grams[name].tokens / total.sum() if asked else None
+        found[name] = Sensitivity(total / tokens, moments_II, means.get(feeds.leader[name]))
+    return found
+
+
+def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero at padded tokens, whatever it is there; a linear that sees other tokens than the block has none."""
+    if mask is None or x.shape[:-1].numel() != mask.numel():
+        return x
+    return x.masked_fill(~mask.reshape(*x.shape[:-1], 1).to(x.device).bool(), 0)
+
+
+def _of_tokens(
+    of_tokens: dict[str, list[Tensor]], places: list[torch.Size], leader: dict[str, str], tokens: int
+) -> dict[str, Tensor]:
+    """By the first of those that share their inputs, the mean of their s, each 1 in the mean over the tokens that count."""
+    pooled: dict[str, list[Tensor]] = {}
+    for name, parts in of_tokens.items():
+        as_fed = [part.shape in (place, (place.numel(),)) for part, place in zip(parts, places, strict=False)]
+        if len(parts) == len(places) and all(as_fed) and any(part.any() for part in parts):
+            whole = torch.cat([part.view(place) for part, place in zip(parts, places, strict=True)])
+            pooled.setdefault(leader[name], []).append(whole * (tokens / whole.double().sum()).float())
+    return {name: torch.stack(parts).mean(dim=0) for name, parts in pooled.items()}
 
 
 class StoredStates:

@@ -29,39 +29,61 @@ FILE = "allocation.json"
 SENSITIVITY = "sensitivity.safetensors"
 
 
-def allocated(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Progress) -> Prepared:
-    """The same run with every matrix decided and what the output minds of each; both are kept in `staging` and used again by
-    a resumed run.
+def find(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Progress) -> None:
+    """Leave in `staging` how every matrix is stored and what the output minds of it, if the recipe asks for that and it is
+    not there yet.
 
     Raises:
         CompressError: nothing fits a matrix, or the budget.
     """
     jobs = open_jobs(prepared.plan)
-    if not jobs and not prepared.recipe.calibration.token_weighting:
+    if not _asked(prepared, jobs) or is_found(staging, jobs):
+        return
+    found = run_trials(prepared, jobs, tokens, staging, progress)
+    if jobs:
+        chosen = _choices(jobs, found.candidates, progress)
+        record = {
+            job.name: {"chosen": chosen[job.name], "candidates": [asdict(c) for c in found.candidates[job.name]]}
+            for job in jobs
+        }
+        write_whole(staging / FILE, [json.dumps(record, indent=1).encode()])
+    kinds = {"outputs": found.outputs, "tokens": found.tokens}
+    tensors = {f"{kind}.{name}": tensor for kind, of_kind in kinds.items() for name, tensor in of_kind.items()}
+    write_file(staging / SENSITIVITY, tensors)  # last: it says that all is there
+
+
+def is_found(staging: Path, jobs: list[Job]) -> bool:
+    """Whether what `find` leaves is there."""
+    return (staging / SENSITIVITY).exists() and (not jobs or (staging / FILE).exists())
+
+
+def allocated(prepared: Prepared, tokens: data.Tokens, staging: Path) -> Prepared:
+    """The run with every matrix decided and what the output minds of each, as `find` left them.
+
+    Raises:
+        CompressError: damaged files, by name.
+    """
+    jobs = open_jobs(prepared.plan)
+    if not _asked(prepared, jobs):
         return prepared
-    file, minded = staging / FILE, staging / SENSITIVITY
-    if not minded.exists():
-        found = run_trials(prepared, jobs, tokens, staging, progress)
-        if jobs:
-            chosen = _choices(jobs, found.candidates, progress)
-            record = {
-                job.name: {"chosen": chosen[job.name], "candidates": [asdict(c) for c in found.candidates[job.name]]}
-                for job in jobs
-            }
-            write_whole(file, [json.dumps(record, indent=1).encode()])
-        kinds = {"outputs": found.outputs, "tokens": found.tokens}
-        write_file(minded, {f"{kind}.{name}": t for kind, tensors in kinds.items() for name, t in tensors.items()})
-    plan = prepared.plan
+    file, plan = staging / SENSITIVITY, prepared.plan
     try:
-        stored = read_header(minded)
+        stored = read_header(file)
+        outputs = {name.removeprefix("outputs."): t.read() for name, t in stored.items() if name.startswith("outputs.")}
+        weights = {name.removeprefix("tokens."): t for name, t in stored.items() if name.startswith("tokens.")}
+        if any(tensor.shape != tuple(tokens.ids.shape) for tensor in weights.values()):
+            raise ValueError("weights of other tokens")
         if jobs:
+            file = staging / FILE
             settled = {name: entry["candidates"][entry["chosen"]]["options"] for name, entry in read_json(file).items()}
             plan = _settled(prepared, {job.name: settled[job.name] for job in jobs})
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise CompressError(f"{file} is damaged; remove {staging} to start again") from error
-    outputs = {name.removeprefix("outputs."): t.read() for name, t in stored.items() if name.startswith("outputs.")}
-    weights = {name.removeprefix("tokens."): t for name, t in stored.items() if name.startswith("tokens.")}
     return replace(prepared, plan=plan, sensitivity=outputs, token_weights=weights)
+
+
+def _asked(prepared: Prepared, jobs: list[Job]) -> bool:
+    return bool(jobs or prepared.recipe.calibration.token_weighting)
 
 
 def _settled(prepared: Prepared, options: dict[str, dict[str, Any]]) -> Plan:

@@ -21,7 +21,7 @@ from torch import nn
 
 from compress import checkpoint
 from compress.allocation import FILE as ALLOCATION
-from compress.allocation import SENSITIVITY, allocated
+from compress.allocation import SENSITIVITY, allocated, find, is_found
 from compress.bases import rotated, write_cache_bases, write_rotated
 from compress.blockwise import Progress, Silent, compress_blocks
 from compress.calibrate import data
@@ -29,12 +29,13 @@ from compress.errors import CompressError
 from compress.forecast import size_notes
 from compress.lineage import Lineage, model_identity
 from compress.memory import peak_memory_bytes
+from compress.passes import STATES
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
 from compress.report import Report
 from compress.rotation import RotatedSource
 from compress.staging import check_staging, forget_finished, identity_of, locked, open_staging, staging_of
-from compress.trials import states_bytes
+from compress.trials import open_jobs, states_bytes
 
 
 def run(
@@ -69,14 +70,15 @@ def run(
     tokens = _tokens(prepared, texts)
     for note in (f"calibrating on {tokens.count} tokens ({len(tokens.ids)} sequences) of {tokens.origin}", *tokens.notes):
         progress.note(note)
-    _require_space(prepared, output.parent)
+    _require_space(prepared, staging)
     identity = _identity(prepared, tokens)
     lineage = Lineage(prepared.source, prepared.plan)
     with locked(staging):
         _require_new(output, recipe)  # another process may have finished it since
         open_staging(staging, identity)
         with _worth_keeping(staging):
-            prepared = allocated(prepared, tokens, staging, progress)
+            find(prepared, tokens, staging, progress)
+        prepared = allocated(prepared, tokens, staging)
         check_staging(staging, prepared.plan, lineage)
         with _worth_keeping(staging):
             prepared = rotated(prepared, tokens, staging, lineage, progress)
@@ -218,11 +220,15 @@ def _require_new(output: Path, recipe: Recipe) -> None:
     raise CompressError(f"{output} already exists{finished}; choose another -o or remove it")
 
 
-def _require_space(prepared: Prepared, folder: Path) -> None:
+def _require_space(prepared: Prepared, staging: Path) -> None:
     """Block files and assembled shards exist together for a moment; hidden states only before them."""
     copied = sum(tensor.num_bytes for tensor in prepared.source.tensors.values())
     dense = sum(prepared.source.tensors[f"{job.name}.weight"].num_bytes for job in prepared.plan.jobs)
-    needed = max(copied - dense + 2 * prepared.plan.packed_bytes, states_bytes(prepared)) + (64 << 20)
-    free = shutil.disk_usage(folder).free
+    states = 0 if is_found(staging, open_jobs(prepared.plan)) else states_bytes(prepared)
+    needed = max(copied - dense + 2 * prepared.plan.packed_bytes, states) + (64 << 20)
+    free = shutil.disk_usage(staging.parent).free
+    free += sum(file.stat().st_size for file in staging.glob(f"{STATES}/*"))  # of a run that was cut off: written again
     if free < needed:
-        raise CompressError(f"no space left: {folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed")
+        raise CompressError(
+            f"no space left: {staging.parent} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed"
+        )

@@ -4,9 +4,11 @@
     block-*.safetensors   the packed tensors of a finished block
     block-*.json          its figures, and the hash of the weights it was made from (`compress.lineage`)
     bases.*               the same two for the bases of a rotation or a KV cache, which depend on all blocks
+    allocation.json       how every matrix is stored, and sensitivity.safetensors, what the output minds of it
+    states/               hidden states on their way through a backward pass
     lock                  held by the process that works here
 
-Every file appears by a rename, so what is there is whole, and all of it is checked before a run goes on from it.
+Every file appears by a rename, so what is there is whole; what a run goes on from is checked, states are made anew.
 """
 
 from __future__ import annotations

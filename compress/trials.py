@@ -12,15 +12,12 @@ Two things keep trials short. Where every neuron is solved for itself (unit vect
 the order of their sensitivities. And a form of dictionary that was the best for none of the first `_ENOUGH` matrices of a
 name is not tried on the others of that name.
 
-Cost: one pass of the block loop, a backward one for a search, and the trials. With `calibration.token_weighting` both
-passes see all calibration tokens, and the forward one leaves its hidden states on disk for the backward one.
+Cost: one pass of the block loop, a backward one where gradients are needed (`compress.passes`), and the trials.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,20 +30,18 @@ from torch import Tensor
 from compress import methods
 from compress.blockwise import Progress, filled_layer, second_moment, start_runner
 from compress.calibrate import data
-from compress.calibrate.blocks import BlockRunner
-from compress.calibrate.sensitivity import Sensitivity, StoredStates, output_gradients, through_block
+from compress.calibrate.sensitivity import Sensitivity, through_block
 from compress.errors import CompressError
 from compress.layers import Spec, packed_bytes
 from compress.linalg import SecondMoment, relative
 from compress.memory import give_back_freed_memory
-from compress.model import build_skeleton, materialise, materialise_head, release
+from compress.model import build_skeleton
+from compress.passes import STATES, Passes, backwards, forwards, minds
 from compress.plan import HEAD, Job, Plan, job_spec
 from compress.prepare import Prepared
 
-_TOKENS = 16384  # enough to rank alternatives by; the real run takes all of them
 _NEURONS = 256  # of a matrix, at least, where they are tried one by one
 _ENOUGH = 4  # matrices of one name in which a form never was the best
-_BACKWARD = 8192  # tokens for sensitivities: a mean of what a neuron's error does
 _BATCH_TOKENS = 1024  # the logits of a batch and their gradients are held at once
 
 
@@ -70,31 +65,9 @@ class Trials:
     tokens: dict[str, Tensor]
 
 
-class _Passes:
-    """Which passes over the model a run needs before it starts, and on how many tokens."""
-
-    def __init__(self, prepared: Prepared, jobs: list[Job], tokens: int) -> None:
-        self.share = prepared.recipe.calibration.token_weighting
-        self.searched = any(_minds(job, "allocation", "search") for job in jobs)
-        self.backwards = self.searched or bool(self.share) or any(_minds(job, "weighting", "fisher") for job in jobs)
-        self.tokens = tokens if self.share else min(_TOKENS, tokens)
-        self.backward_tokens = (self.tokens if self.share else min(_BACKWARD, self.tokens)) if self.backwards else 0
-        # every matrix is fitted to tokens that have weights
-        self.watched = [job for job in prepared.plan.jobs if job.block != HEAD] if self.share else jobs
-
-    def batches(self, runner: BlockRunner) -> int | None:
-        """How many batches go back; None for all."""
-        return None if self.share else max(1, self.backward_tokens // runner.batches[0][0].numel())
-
-
 def open_jobs(plan: Plan) -> list[Job]:
     """The jobs with more than one candidate, and those that ask for sensitivities."""
-    return [job for job in plan.jobs if _is_open(job) or _minds(job, "weighting", "fisher")]
-
-
-def _minds(job: Job, option: str, value: str) -> bool:
-    """Whether a job's rule has an option of this value; the head is not part of any search."""
-    return job.block != HEAD and getattr(job.rule.options, option, None) == value
+    return [job for job in plan.jobs if _is_open(job) or minds(job, "weighting", "fisher")]
 
 
 def _is_open(job: Job) -> bool:
@@ -106,16 +79,16 @@ def _is_open(job: Job) -> bool:
 def trial_flops(prepared: Prepared) -> float:
     """Operations of what happens before the run: passes for sensitivities, and trials where something is open."""
     jobs, options = open_jobs(prepared.plan), prepared.recipe.calibration
-    passes = _Passes(prepared, jobs, options.samples * options.length)
-    if not passes.watched:
+    passes = Passes(prepared, jobs, options.samples * options.length)
+    if not jobs and not passes.watched:
         return 0.0
     weights = sum(job.spec["in_features"] * job.spec["out_features"] for job in prepared.plan.jobs)
     config = prepared.model.config.get_text_config(decoder=True)
     # once for hidden states, once more for the Gram matrices of trials, and there and back
-    total = 2.0 * weights * (passes.tokens * (2 if jobs and passes.backwards else 1) + 3 * passes.backward_tokens)
+    total = 2.0 * weights * (passes.tokens * (2 if jobs and passes.watched else 1) + 3 * passes.backward_tokens)
     total += 6.0 * config.hidden_size * config.vocab_size * passes.backward_tokens
-    if passes.searched:  # moments that count tokens by their gradients, of every matrix
-        total += 1.2 * passes.backward_tokens * sum(job.spec["in_features"] ** 2 for job in jobs)
+    # moments that count tokens by their gradients, of every matrix that they price
+    total += 1.2 * passes.backward_tokens * sum(job.spec["in_features"] ** 2 for job in jobs if job.name in passes.priced)
     forms = _Forms()
     for job in filter(_is_open, jobs):
         method, whole = methods.load(job.rule.method), job.rule.options
@@ -133,11 +106,15 @@ def trial_flops(prepared: Prepared) -> float:
 
 
 def states_bytes(prepared: Prepared) -> int:
-    """Bytes on disk of the hidden states that the way back needs."""
+    """Bytes on disk of the hidden states that the way back needs, at most."""
     options, plan = prepared.recipe.calibration, prepared.plan
-    passes = _Passes(prepared, open_jobs(plan), options.samples * options.length)
+    places = options.samples * options.length
+    passes = Passes(prepared, open_jobs(plan), places)
+    if not passes.watched:
+        return 0
     width = prepared.model.config.get_text_config(decoder=True).hidden_size
-    return passes.tokens * width * prepared.dtype.itemsize * plan.num_blocks if passes.backwards else 0
+    stored = passes.tokens if options.layout == "stream" else places  # padding has states, too
+    return stored * width * prepared.dtype.itemsize * plan.num_blocks
 
 
 def _one_of(method: ModuleType, options: methods.MethodConfig, neurons: int) -> int:
@@ -158,7 +135,7 @@ def run_trials(prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging
     """Candidates of the open `jobs`, and what the output minds where any rule or the calibration asks for that."""
     model = build_skeleton(prepared.source.path)  # of its own: it is left with weights in it
     prepared = replace(prepared, model=model)
-    passes = _Passes(prepared, jobs, tokens.count)
+    passes = Passes(prepared, jobs, tokens.count)
     tokens = tokens if passes.share else tokens.first(passes.tokens)
     trials = Trials({}, {}, {})
     if jobs:
@@ -168,14 +145,14 @@ def run_trials(prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging
         progress.note(f"gradients of {tokens.count} tokens through {prepared.plan.num_blocks} blocks, to weigh the tokens")
     runner = start_runner(prepared, tokens, batch_tokens=_BATCH_TOKENS)
     forms = _Forms()
-    walk = _backwards(prepared, runner, passes, staging / "states") if passes.backwards else _forwards(prepared, runner)
+    walk = backwards(prepared, runner, passes, staging / STATES) if passes.watched else forwards(prepared, runner)
     for index, gradients in walk:
         here = [job for job in jobs if job.block == index]
         minded: dict[str, Sensitivity] = {}
         if gradients is not None:
             watched = {job.name: model.get_submodule(job.name) for job in passes.watched if job.block == index}
-            gradients[:], minded = through_block(runner, index, gradients, watched, moments=passes.searched)
-            trials.outputs.update({name: one.outputs_N for name, one in minded.items()})
+            minded = through_block(runner, index, gradients, watched, passes.priced & watched.keys())
+            trials.outputs.update({name: one.outputs_N for name, one in minded.items() if name in passes.priced})
         if passes.share:
             counts = {name: one.tokens_BL for name, one in minded.items() if one.tokens_BL is not None}
             trials.tokens.update({name: 1 - passes.share + passes.share * count for name, count in counts.items()})
@@ -194,33 +171,6 @@ def run_trials(prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging
             progress.note(f"tried {done} of {len(jobs)} matrices")
         give_back_freed_memory()
     return trials
-
-
-def _forwards(prepared: Prepared, runner: BlockRunner) -> Iterator[tuple[int, None]]:
-    """Each block in turn, with its weights and its inputs in `runner.hidden`."""
-    for index in range(prepared.plan.num_blocks):
-        prefix = f"{prepared.plan.blocks_name}.{index}."
-        materialise(prepared.model, prepared.source, prefix, prepared.dtype, prepared.device)
-        yield index, None
-        runner.run(index, keep=True)
-        release(prepared.model, prefix)
-
-
-def _backwards(prepared: Prepared, runner: BlockRunner, passes: _Passes, folder: Path) -> Iterator[tuple[int, list[Tensor]]]:
-    """Each block from the last to the first, with its weights, its inputs in `runner.hidden` and the gradients behind it;
-    who takes them puts those before the block in their place."""
-    states, model, plan = StoredStates(folder), prepared.model, prepared.plan
-    for index, _ in _forwards(prepared, runner):
-        states.put(index, runner.hidden)
-    materialise_head(model, prepared.source, plan.blocks_name, prepared.dtype, prepared.device)
-    gradients = output_gradients(runner, passes.batches(runner))
-    for index in reversed(range(plan.num_blocks)):
-        prefix = f"{plan.blocks_name}.{index}."
-        materialise(model, prepared.source, prefix, prepared.dtype, prepared.device)
-        runner.hidden = states.get(index)
-        yield index, gradients
-        release(model, prefix)
-    shutil.rmtree(folder)
 
 
 class _Forms:

@@ -7,7 +7,7 @@ A method file holds
     compress(weight_NI, inputs: SecondMoment, spec, config) -> dict[str, Tensor]    the packed tensors of that spec
 
 and nothing else is edited to add one. `plan` raises ValueError when the sizes cannot meet the ratio. Four functions are
-optional, where options leave something to be decided for each matrix by trial (`compress.allocation`):
+optional, where options leave something to be decided for each matrix by trial (`compress.trials`):
 
     kinds(site, config) -> list[Config]               forms to compare at equal bytes
     alternatives(site, config) -> list[Config]        sizes to try of one form, each settling everything
