@@ -196,7 +196,7 @@ def time_layers(shapes: list[str], forms: list[str], peers: bool) -> None:
                 runs = [one.run] + [gpu_peers.PEERS[peer](*shape, "cuda").run for _ in range(1, -(-L2_BYTES // one.bytes))]
                 for batch in (batch for batch in BATCHES if peer in known[batch]):
                     x = gpu_peers.inputs_of(peer, batch, shape[0], "cuda")
-                    least = (one.bytes + 2 * batch * sum(shape)) / bandwidth
+                    least = (one.bytes + x.nbytes + one.run(x).nbytes) / bandwidth
                     print_line(size, name, peer, batch, seconds(runs, x), dense[batch], least)
                 del one, runs
 

@@ -40,10 +40,7 @@ def torch_int4(inputs: int, outputs: int, device: str) -> Peer:
 def torch_int8(inputs: int, outputs: int, device: str) -> Peer:
     codes = torch.randint(-127, 128, (outputs, inputs), device=device, dtype=torch.int8)
 
-    def run(x: Tensor) -> Tensor:
-        return torch._int_mm(x if x.dtype == torch.int8 else x.to(torch.int8), codes.T)
-
-    return Peer(run, codes.float(), codes.nbytes)
+    return Peer(lambda x: torch._int_mm(x, codes.T), codes.float(), codes.nbytes)
 
 
 def bitsandbytes_nf4(inputs: int, outputs: int, device: str) -> Peer:

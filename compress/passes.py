@@ -34,6 +34,8 @@ class Passes:
         self.priced = {job.name for job in jobs if minds(job, "allocation", "search") or minds(job, "weighting", "fisher")}
         # whose gradients are looked at: every matrix is fitted to tokens that have weights
         self.watched = [j for j in prepared.plan.jobs if j.block != HEAD and (self.share or j.name in self.priced)]
+        # the way back ends there
+        self.first_block = min((j.block for j in [*jobs, *self.watched] if j.block != HEAD), default=0)
         self.tokens = tokens if self.share else min(_TOKENS, tokens)
         self.backward_tokens = (self.tokens if self.share else min(_BACKWARD, self.tokens)) if self.watched else 0
 
@@ -62,10 +64,11 @@ def backwards(prepared: Prepared, runner: BlockRunner, passes: Passes, folder: P
     who takes them puts those before the block in their place."""
     states, model, plan = StoredStates(folder), prepared.model, prepared.plan
     for index, _ in forwards(prepared, runner):
-        states.put(index, runner.hidden)
+        if index >= passes.first_block:
+            states.put(index, runner.hidden)
     materialise_head(model, prepared.source, plan.blocks_name, prepared.dtype, prepared.device)
     gradients = output_gradients(runner, passes.batches(runner))
-    for index in reversed(range(plan.num_blocks)):
+    for index in reversed(range(passes.first_block, plan.num_blocks)):
         prefix = f"{plan.blocks_name}.{index}."
         materialise(model, prepared.source, prefix, prepared.dtype, prepared.device)
         runner.hidden = states.get(index)

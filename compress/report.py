@@ -14,8 +14,8 @@ from compress.layers import Spec, dense_bytes, layer_class, packed_bytes
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One compressed matrix. Bytes are those on disk; `error` is ||X(W - What)|| / ||XW|| on the calibration inputs, or None
-    when only the checkpoint is left to tell."""
+    """One compressed matrix. Bytes are those on disk; `error` is ||X(W - What)|| / ||XW|| on the calibration inputs, tokens
+    counted as the recipe says, or None when only the checkpoint is left to tell."""
 
     name: str
     method: str

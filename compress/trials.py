@@ -114,7 +114,7 @@ def states_bytes(prepared: Prepared) -> int:
         return 0
     width = prepared.model.config.get_text_config(decoder=True).hidden_size
     stored = passes.tokens if options.layout == "stream" else places  # padding has states, too
-    return stored * width * prepared.dtype.itemsize * plan.num_blocks
+    return stored * width * prepared.dtype.itemsize * (plan.num_blocks - passes.first_block)
 
 
 def _one_of(method: ModuleType, options: methods.MethodConfig, neurons: int) -> int:
