@@ -69,25 +69,33 @@ class Sensitivity(NamedTuple):
 
 
 def through_block(
-    runner: BlockRunner, index: int, gradients: list[Tensor], linears: dict[str, nn.Module], moments: Collection[str] = ()
+    runner: BlockRunner,
+    index: int,
+    gradients: list[Tensor],
+    linears: dict[str, nn.Module],
+    moments: Collection[str] = (),
+    judging: Collection[int] | None = None,
 ) -> dict[str, Sensitivity]:
     """One block backwards: the sensitivities of its linears; `gradients` become those of its inputs.
 
-    `runner.hidden` must hold the block's inputs and the block its weights. Moments are gathered for those in `moments`.
+    `runner.hidden` must hold the block's inputs and the block its weights. Moments are gathered for those in `moments`,
+    from the batches in `judging`, None for all.
 
     Raises:
         CompressError: gradients that are not finite, by the linear's name.
     """
     sums: dict[str, Tensor] = {}
+    judged: dict[str, Tensor] = {}  # sums of s in the moments
     grams = {name: Gram(linears[name].weight.shape[1], runner.device) for name in moments}
     inputs: dict[str, list[Tensor]] = {name: [] for name in moments}
+    gathers = True  # in this batch
     of_tokens: dict[str, list[Tensor]] = {name: [] for name in linears}
     feeds, tokens = Feeds(), 0
 
     def remember(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
             feeds.leader_of(name, args[0])
-            if name in inputs:
+            if gathers and name in inputs:
                 inputs[name].append(args[0].detach())
 
         return hook
@@ -98,8 +106,9 @@ def through_block(
             sums[name] = sums.get(name, 0) + squares.flatten(0, -2).sum(dim=0).double()
             of_token = squares.sum(dim=-1)
             of_tokens[name].append(of_token.cpu())
-            if name in inputs:
+            if gathers and name in inputs:
                 grams[name].add(_counted(inputs[name].pop(), runner.mask), weights=of_token)
+                judged[name] = judged.get(name, 0) + of_token.double().sum()
 
         return hook
 
@@ -109,6 +118,7 @@ def through_block(
     try:
         for number, gradient in enumerate(gradients):
             feeds.next_batch()
+            gathers = judging is None or number in judging
             for left in inputs.values():
                 left.clear()  # of a linear whose output got no gradient
             gradients[number] = runner.backward(index, number, gradient)
@@ -122,8 +132,7 @@ def through_block(
     for name, total in sums.items():
         if not torch.isfinite(total).all():
             raise CompressError(f"gradients at the output of {name} are not finite: do without search and token_weighting")
-        asked = name in grams and total.any()
-        moments_II = grams[name].mean() * grams[name].tokens / total.sum() if asked else None
+        moments_II = grams[name].mean() * grams[name].tokens / judged[name] if judged.get(name, 0) > 0 else None
         found[name] = Sensitivity(total / tokens, moments_II, means.get(feeds.leader[name]))
     return found
 

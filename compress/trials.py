@@ -144,21 +144,29 @@ def run_trials(prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging
     if passes.share:
         progress.note(f"gradients of {tokens.count} tokens through {prepared.plan.num_blocks} blocks, to weigh the tokens")
     runner = start_runner(prepared, tokens, batch_tokens=_BATCH_TOKENS)
-    forms = _Forms()
+    forms, fitting, judging = _Forms(), None, None
+    if passes.share and len(runner.batches) > 1:
+        # the few tokens that count most may be answered to the letter: what that is worth, others have to tell
+        judging = range(1, len(runner.batches), 2)
+        fitted = torch.cat([torch.full((len(ids), 1), n not in judging) for n, (ids, _) in enumerate(runner.batches)])
+        fitting = fitted / fitted.float().mean()
     walk = backwards(prepared, runner, passes, staging / STATES) if passes.watched else forwards(prepared, runner)
     for index, gradients in walk:
         here = [job for job in jobs if job.block == index]
         minded: dict[str, Sensitivity] = {}
         if gradients is not None:
             watched = {job.name: model.get_submodule(job.name) for job in passes.watched if job.block == index}
-            minded = through_block(runner, index, gradients, watched, passes.priced & watched.keys())
+            minded = through_block(runner, index, gradients, watched, passes.priced & watched.keys(), judging)
             trials.outputs.update({name: one.outputs_N for name, one in minded.items() if name in passes.priced})
         if passes.share:
             counts = {name: one.tokens_BL for name, one in minded.items() if one.tokens_BL is not None}
             trials.tokens.update({name: 1 - passes.share + passes.share * count for name, count in counts.items()})
         if here:
             linears = {job.name: model.get_submodule(job.name) for job in here}
-            grams = runner.grams(index, linears, keep=False, weights=trials.tokens)
+            weights = {
+                name: trials.tokens[name] * fitting for name in linears if fitting is not None and name in trials.tokens
+            }
+            grams = runner.grams(index, linears, keep=False, weights=weights)
         moments: dict[int, SecondMoment] = {}
         for job in here:
             moments.setdefault(id(grams[job.name]), second_moment(grams[job.name]))
