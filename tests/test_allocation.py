@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress import trials
 from compress.blockwise import Silent, start_runner
+from compress.calibrate.blocks import BlockRunner
 from compress.calibrate.sensitivity import StoredStates, output_gradients, through_block
 from compress.errors import CompressError
 from compress.knapsack import choose
@@ -144,6 +145,47 @@ def test_what_is_fitted_serves_the_tokens_that_count(method: str, tmp_path: Path
                 for name, linear in linears.items()
             )
     assert errors[1.0, 1.0] < 0.99 * errors[0.0, 1.0] and errors[0.0, 0.0] < 0.99 * errors[1.0, 0.0]
+
+
+def test_what_is_fitted_to_does_not_judge(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With weighed tokens, batches 0 and 2 are fitted to and batch 1 judges: 40 samples of 64 tokens in batches of 16."""
+    recipe = tiny_recipe(dictionary="identity", allocation="search", ratio=0.3)
+    recipe["calibration"] |= {"samples": 40, "token_weighting": 0.5}
+    prepared = prepare(tiny, Recipe.from_dict(recipe), "cpu")
+    tokens, fitted, judges = _tokens(prepared, None), [], []
+    grams, back = BlockRunner.grams, trials.through_block
+
+    def watched_grams(runner: BlockRunner, *args: object, weights: dict, **options: object) -> dict:
+        fitted.extend(weights.values())
+        return grams(runner, *args, weights=weights, **options)
+
+    def watched_back(*args: object) -> dict:
+        judges.append(list(args[-1]))
+        return back(*args)
+
+    monkeypatch.setattr(BlockRunner, "grams", watched_grams)
+    monkeypatch.setattr(trials, "through_block", watched_back)
+    found = trials.run_trials(prepared, trials.open_jobs(prepared.plan), tokens, tmp_path, Silent())
+    assert judges == [[1]] * prepared.plan.num_blocks and len(fitted) == len(found.tokens) == len(prepared.plan.jobs)
+    for weights in fitted:
+        assert not weights[16:32].any() and weights[:16].all() and weights[32:].all()
+    for name, weights in found.tokens.items():  # those of the run know nothing of it
+        assert weights.min() >= 0.5 and float(weights.mean()) == pytest.approx(1, rel=1e-4), name
+
+
+def test_moments_come_from_the_batches_that_judge(tiny: Path) -> None:
+    prepared = prepare(tiny, Recipe.from_dict(tiny_recipe()), "cpu")
+    found = []
+    for batches, judging in ((slice(None), [1]), (slice(1, 2), None)):
+        runner = start_runner(prepared, _tokens(prepared, None), batch_tokens=128)
+        materialise(prepared.model, prepared.source, "model.layers.0.", torch.float32, prepared.device)
+        runner.hidden, runner.batches = runner.hidden[batches], runner.batches[batches]
+        gradients = [torch.ones_like(hidden) * (1 + hidden.sin()) for hidden in runner.hidden]
+        linears = {job.name: prepared.model.get_submodule(job.name) for job in prepared.plan.by_block[0]}
+        found.append(through_block(runner, 0, gradients, linears, linears, judging))
+    for name, one in found[0].items():
+        assert torch.allclose(one.inputs_II, found[1][name].inputs_II, rtol=1e-4)
+        assert not torch.allclose(one.outputs_N, found[1][name].outputs_N, rtol=1e-2)  # these are of all batches
 
 
 def test_weights_of_tokens_reach_a_rotated_model(tmp_path: Path) -> None:
