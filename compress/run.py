@@ -63,6 +63,7 @@ def run(
     progress = progress or Silent()
     output = Path(output).absolute()
     staging = staging_of(output)
+    recipe = recipe.model_copy(update={"model": name or str(model)})  # the recipe.yaml of the result repeats this run
     _require_new(output, recipe)
     prepared = prepare(model, recipe, device)
     for note in (*prepared.plan.notes, *size_notes(prepared.plan)):
@@ -73,14 +74,14 @@ def run(
     _require_space(prepared, staging)
     identity = _identity(prepared, tokens)
     lineage = Lineage(prepared.source, prepared.plan)
-    with locked(staging):
+    with locked(staging), _worth_keeping(staging, refused=True):
         _require_new(output, recipe)  # another process may have finished it since
         open_staging(staging, identity)
-        with _worth_keeping(staging):
+        with _worth_keeping(staging, refused=False):
             find(prepared, tokens, staging, progress)
         prepared = allocated(prepared, tokens, staging)
         check_staging(staging, prepared.plan, lineage)
-        with _worth_keeping(staging):
+        with _worth_keeping(staging, refused=False):
             prepared = rotated(prepared, tokens, staging, lineage, progress)
             modules = compress_blocks(prepared, tokens, staging, lineage, progress)
             report = Report(
@@ -105,12 +106,14 @@ def run(
 
 
 @contextmanager
-def _worth_keeping(staging: Path) -> Iterator[None]:
+def _worth_keeping(staging: Path, *, refused: bool) -> Iterator[None]:
     """On failure, keep only what a resumed run can use: finished blocks, which are hours of work on a large model, and what
-    was found before them."""
+    was found before them. Where an error of ours may mean that what is there is refused, that is left as it is."""
     try:
         yield
     except BaseException as error:
+        if isinstance(error, CompressError) and refused:
+            raise
         finished = [*staging.glob("block-*.safetensors"), *staging.glob(SENSITIVITY)]
         if isinstance(error, CompressError) or not finished:
             shutil.rmtree(staging, ignore_errors=True)

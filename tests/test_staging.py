@@ -16,7 +16,7 @@ from compress.recipe import Recipe
 from compress.report import ModuleReport
 from compress.run import run
 from compress.staging import locked, staging_of
-from helpers import tiny_recipe
+from helpers import save_tiny, tiny_recipe
 
 RECIPE = {**tiny_recipe(), "weights": {"method": "svd_llm", "ratio": 0.3}}
 
@@ -161,3 +161,22 @@ def test_a_lock_on_work_that_never_began_leaves_nothing(tmp_path: Path) -> None:
     with locked(tmp_path / ".out.partial"):
         assert (tmp_path / ".out.partial" / "lock").exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_between_the_stages_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = save_tiny(tmp_path / "tiny")
+    monkeypatch.setattr("compress.run.check_staging", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, Recipe.from_dict(tiny_recipe()), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_the_recipe_of_a_result_repeats_its_run(tmp_path: Path) -> None:
+    """Also where the recipe names another model than the one that was given."""
+    tiny = save_tiny(tmp_path / "tiny")
+    run(tiny, Recipe.from_dict({**tiny_recipe(dictionary="identity"), "model": "some/other"}), tmp_path / "out")
+    again = Recipe.load(tmp_path / "out" / "recipe.yaml")
+    assert again.model == str(tiny)
+    run(again.model, again, tmp_path / "again")
+    one, two = (tmp_path / name / "model.safetensors" for name in ("out", "again"))
+    assert one.read_bytes() == two.read_bytes()
