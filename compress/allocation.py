@@ -20,6 +20,7 @@ from compress.errors import CompressError
 from compress.jsonfile import read_json
 from compress.knapsack import choose
 from compress.layers import dense_bytes
+from compress.passes import Passes
 from compress.plan import Job, Plan, job_spec
 from compress.prepare import Prepared
 from compress.tensorfile import read_header, write_file, write_whole
@@ -37,7 +38,7 @@ def find(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Progr
         CompressError: nothing fits a matrix, or the budget.
     """
     jobs = open_jobs(prepared.plan)
-    if not _asked(prepared, jobs) or is_found(staging, jobs):
+    if not Passes(prepared, jobs, tokens.count).needed or is_found(staging, jobs):
         return
     found = run_trials(prepared, jobs, tokens, staging, progress)
     if jobs:
@@ -64,7 +65,7 @@ def allocated(prepared: Prepared, tokens: data.Tokens, staging: Path) -> Prepare
         CompressError: damaged files, by name.
     """
     jobs = open_jobs(prepared.plan)
-    if not _asked(prepared, jobs):
+    if not Passes(prepared, jobs, tokens.count).needed:
         return prepared
     file, plan = staging / SENSITIVITY, prepared.plan
     try:
@@ -80,10 +81,6 @@ def allocated(prepared: Prepared, tokens: data.Tokens, staging: Path) -> Prepare
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise CompressError(f"{file} is damaged; remove {staging} to start again") from error
     return replace(prepared, plan=plan, sensitivity=outputs, token_weights=weights)
-
-
-def _asked(prepared: Prepared, jobs: list[Job]) -> bool:
-    return bool(jobs or prepared.recipe.calibration.token_weighting)
 
 
 def _settled(prepared: Prepared, options: dict[str, dict[str, Any]]) -> Plan:

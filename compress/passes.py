@@ -34,6 +34,7 @@ class Passes:
         self.priced = {job.name for job in jobs if minds(job, "allocation", "search") or minds(job, "weighting", "fisher")}
         # whose gradients are looked at: every matrix is fitted to tokens that have weights
         self.watched = [j for j in prepared.plan.jobs if j.block != HEAD and (self.share or j.name in self.priced)]
+        self.needed = bool(jobs or self.watched)
         # the way back ends there
         self.first_block = min((j.block for j in [*jobs, *self.watched] if j.block != HEAD), default=0)
         self.tokens = tokens if self.share else min(_TOKENS, tokens)

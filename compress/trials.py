@@ -80,7 +80,7 @@ def trial_flops(prepared: Prepared) -> float:
     """Operations of what happens before the run: passes for sensitivities, and trials where something is open."""
     jobs, options = open_jobs(prepared.plan), prepared.recipe.calibration
     passes = Passes(prepared, jobs, options.samples * options.length)
-    if not jobs and not passes.watched:
+    if not passes.needed:
         return 0.0
     weights = sum(job.spec["in_features"] * job.spec["out_features"] for job in prepared.plan.jobs)
     config = prepared.model.config.get_text_config(decoder=True)
@@ -144,7 +144,7 @@ def run_trials(prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging
     if passes.share:
         progress.note(f"gradients of {tokens.count} tokens through {prepared.plan.num_blocks} blocks, to weigh the tokens")
     runner = start_runner(prepared, tokens, batch_tokens=_BATCH_TOKENS)
-    forms, fitting, judging = _Forms(), None, None
+    forms, fitting, judging = _Forms(), 1.0, None
     if passes.share and len(runner.batches) > 1:
         # the few tokens that count most may be answered to the letter: what that is worth, others have to tell
         judging = range(1, len(runner.batches), 2)
@@ -163,9 +163,7 @@ def run_trials(prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging
             trials.tokens.update({name: 1 - passes.share + passes.share * count for name, count in counts.items()})
         if here:
             linears = {job.name: model.get_submodule(job.name) for job in here}
-            weights = {
-                name: trials.tokens[name] * fitting for name in linears if fitting is not None and name in trials.tokens
-            }
+            weights = {name: trials.tokens[name] * fitting for name in linears if name in trials.tokens}
             grams = runner.grams(index, linears, keep=False, weights=weights)
         moments: dict[int, SecondMoment] = {}
         for job in here:

@@ -37,11 +37,13 @@ class CompressedLinear(nn.Module, ABC):
 
     format: ClassVar[str]
     sizes: ClassVar[Mapping[str, type]]  # the spec's own keys: int (a size, not negative), float or bool
+    options: ClassVar[tuple[str, ...]] = ()  # those that the format's op takes, in its order
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = dict(spec)
         self.in_features, self.out_features = spec["in_features"], spec["out_features"]
+        self.op_options = tuple(spec[key] for key in self.options)
         for name, (shape, dtype) in self.tensors(spec).items():
             tensor = torch.empty(shape, dtype=dtype)
             if dtype.is_floating_point:

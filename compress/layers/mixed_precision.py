@@ -31,9 +31,6 @@ from compress.quantizer import SCALE_DTYPE, Group, groups_of
 
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = (4, 8, 16)
-_OPTIONS = (
-    "bits", "high_bits", "high_features", "group_size", "activation_bits", "activation_groups", "clip", "hadamard",
-)  # fmt: skip
 _ACTIVATION_SCALE_BITS = 24  # a 16-bit scale and a zero of at most 8 bits, per token, part and slice
 
 
@@ -46,10 +43,9 @@ class Layer(CompressedLinear):
         "bits": int, "group_size": int, "high_features": int, "high_bits": int, "heads": int, "hadamard": bool,
         "activation_bits": int, "activation_groups": int, "clip": float,
     }  # fmt: skip
-
-    def __init__(self, spec: Spec) -> None:
-        super().__init__(spec)
-        self._options = tuple(spec[key] for key in _OPTIONS)
+    options = (
+        "bits", "high_bits", "high_features", "group_size", "activation_bits", "activation_groups", "clip", "hadamard",
+    )  # fmt: skip
 
     @classmethod
     def tensors(cls, spec: Spec) -> dict[str, TensorSpec]:
@@ -77,7 +73,7 @@ class Layer(CompressedLinear):
         self.require_width(x)
         run = mixed_precision_cpu if direct(x) else mixed_precision
         *packed, bias = self.stored("low", "low_scale", "high", "high_scale", "bias")
-        y = run(_gather(self.spec, x), *packed, *self._options)
+        y = run(_gather(self.spec, x), *packed, *self.op_options)
         return y if bias is None else y + bias.to(y.dtype)
 
     def dense_weight(self) -> Tensor:

@@ -25,7 +25,6 @@ from compress.layers import CompressedLinear, Spec, TensorSpec
 from compress.quantizer import SCALE_DTYPE, Group, groups_of
 
 _PACKED = ("values", "mask", "scale", "dictionary", "dictionary_scale")
-_OPTIONS = ("unit_atoms", "num_atoms", "num_nonzeros", "value_bits", "group_size", "dictionary_bits")
 VALUE_BITS = (*range(2, 9), 16)
 
 
@@ -40,10 +39,7 @@ class Layer(CompressedLinear):
         "unit_atoms": bool, "num_atoms": int, "num_nonzeros": int, "value_bits": int, "dictionary_bits": int,
         "group_size": int, "balance": int,
     }  # fmt: skip
-
-    def __init__(self, spec: Spec) -> None:
-        super().__init__(spec)
-        self._options = tuple(spec[key] for key in _OPTIONS)
+    options = ("unit_atoms", "num_atoms", "num_nonzeros", "value_bits", "group_size", "dictionary_bits")
 
     @classmethod
     def tensors(cls, spec: Spec) -> dict[str, TensorSpec]:
@@ -93,7 +89,7 @@ class Layer(CompressedLinear):
         self.require_width(x)
         run = sparse_dictionary_cpu if direct(x) else sparse_dictionary
         *packed, bias = self.stored(*_PACKED, "bias")
-        y = run(x, *packed, *self._options)
+        y = run(x, *packed, *self.op_options)
         return y if bias is None else y + bias.to(y.dtype)
 
     def dense_weight(self) -> Tensor:
