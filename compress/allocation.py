@@ -16,6 +16,7 @@ from typing import Any
 
 from compress.blockwise import Progress
 from compress.calibrate import data
+from compress.earlier import FILE, Earlier
 from compress.errors import CompressError
 from compress.jsonfile import read_json
 from compress.knapsack import choose
@@ -24,15 +25,14 @@ from compress.passes import Passes
 from compress.plan import Job, Plan, job_spec
 from compress.prepare import Prepared
 from compress.tensorfile import read_header, write_file, write_whole
-from compress.trials import Candidate, open_jobs, run_trials
+from compress.trials import Candidate, Trials, open_jobs, run_trials
 
-FILE = "allocation.json"
 SENSITIVITY = "sensitivity.safetensors"
 
 
-def find(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Progress) -> None:
+def find(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Progress, earlier: Earlier | None = None) -> None:
     """Leave in `staging` how every matrix is stored and what the output minds of it, if the recipe asks for that and it is
-    not there yet.
+    not there yet; the trials of an `earlier` run are taken in place of new ones.
 
     Raises:
         CompressError: nothing fits a matrix, or the budget.
@@ -40,7 +40,7 @@ def find(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Progr
     jobs = open_jobs(prepared.plan)
     if not Passes(prepared, jobs, tokens.count).needed or is_found(staging, jobs):
         return
-    found = run_trials(prepared, jobs, tokens, staging, progress)
+    found = Trials(earlier.candidates, {}, {}) if earlier else run_trials(prepared, jobs, tokens, staging, progress)
     if jobs:
         chosen = _choices(jobs, found.candidates, progress)
         record = {

@@ -65,6 +65,10 @@ def model_command(
     ] = None,
     overrides: Set = None,
     device: Device = "auto",
+    trials_from: Annotated[
+        Path | None,
+        typer.Option(help="A checkpoint that a search made of this model at another size: nothing is tried again."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")] = False,
 ) -> None:
     """Calibrate, compress and save a model; the same command resumes a run that was cut off."""
@@ -79,13 +83,13 @@ def model_command(
     if name is None:
         raise CompressError("no model: give MODEL, or a recipe with a `model` key")
     if dry_run:
-        out.print(forecast_table(prepare(name, checked, device)))
+        out.print(forecast_table(prepare(name, checked, device), trials=trials_from is None))
         return
     if output is None:
         raise CompressError("no output: give -o DIR, or --dry-run to see the plan")
     with BarProgress() as progress:
         try:
-            report = run(name, checked, output, device=device, progress=progress)
+            report = run(name, checked, output, device=device, trials_from=trials_from, progress=progress)
         except KeyboardInterrupt:
             raise CompressError(f"interrupted; {_kept(output)}") from None
         except OSError as error:

@@ -38,7 +38,7 @@ def predicted_memory_bytes(prepared: Prepared) -> int:
     return max(max(blocks) + solving, outside) + hidden + (700 << 20)
 
 
-def predicted_seconds(prepared: Prepared) -> float:
+def predicted_seconds(prepared: Prepared, *, trials: bool = True) -> float:
     """Forward passes, Gram matrices, solvers and trials as flops over the speed of one matrix product, measured now."""
     options, plan = prepared.recipe.calibration, prepared.plan
     tokens = options.samples * options.length
@@ -52,7 +52,8 @@ def predicted_seconds(prepared: Prepared) -> float:
         methods.load(job.rule.method).flops(job.spec["in_features"], job.spec["out_features"], job.spec, job.rule.options)
         for job in plan.jobs
     )
-    return (calibration + solving + trial_flops(prepared)) / _flops_per_second(prepared.device)
+    before = trial_flops(prepared) if trials else 0.0
+    return (calibration + solving + before) / _flops_per_second(prepared.device)
 
 
 def _flops_per_second(device: torch.device) -> float:
@@ -80,8 +81,8 @@ def size_notes(plan: Plan) -> list[str]:
     return notes
 
 
-def forecast_table(prepared: Prepared) -> Table:
-    """One row per distinct shape, then the totals."""
+def forecast_table(prepared: Prepared, *, trials: bool = True) -> Table:
+    """One row per distinct shape, then the totals, the time with trials or, where an earlier run has made them, without."""
     plan = prepared.plan
     table = Table("modules", "shape", "format", "sizes", "bytes before", "bytes after", title="plan; nothing was written")
     groups: dict[tuple, list] = {}
@@ -102,7 +103,7 @@ def forecast_table(prepared: Prepared) -> Table:
     table.add_section()
     table.add_row("total", "", "", f"{100 * ratio:.1f} % fewer", megabytes(plan.dense_bytes), megabytes(plan.packed_bytes))
     table.add_row("memory, about", "", "", "", "", megabytes(predicted_memory_bytes(prepared)))
-    table.add_row("time here, about", "", "", "", "", duration(predicted_seconds(prepared)))
+    table.add_row("time here, about", "", "", "", "", duration(predicted_seconds(prepared, trials=trials)))
     for note in plan.notes:
         table.add_row(note)
     return table

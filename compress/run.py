@@ -20,11 +20,12 @@ from typing import Any
 from torch import nn
 
 from compress import checkpoint
-from compress.allocation import FILE as ALLOCATION
 from compress.allocation import SENSITIVITY, allocated, find, is_found
 from compress.bases import rotated, write_cache_bases, write_rotated
 from compress.blockwise import Progress, Silent, compress_blocks
 from compress.calibrate import data
+from compress.earlier import FILE as ALLOCATION
+from compress.earlier import read_earlier
 from compress.errors import CompressError
 from compress.forecast import size_notes
 from compress.lineage import Lineage, model_identity
@@ -46,6 +47,7 @@ def run(
     texts: Sequence[str] | None = None,
     device: str = "auto",
     name: str | None = None,
+    trials_from: str | Path | None = None,
     max_shard_bytes: int = 4 << 30,
     progress: Progress | None = None,
 ) -> Report:
@@ -56,6 +58,7 @@ def run(
         output: must not exist; appears only when complete.
         texts: calibration texts, instead of the recipe's data set.
         name: what the report calls the model, where `model` is only a temporary place of it.
+        trials_from: a checkpoint that a search has made of the same model at another size; its trials are used again.
     Raises:
         CompressError: anything wrong with the input; nothing is left behind.
     """
@@ -71,14 +74,17 @@ def run(
     tokens = _tokens(prepared, texts)
     for note in (f"calibrating on {tokens.count} tokens ({len(tokens.ids)} sequences) of {tokens.origin}", *tokens.notes):
         progress.note(note)
-    _require_space(prepared, staging)
-    identity = _identity(prepared, tokens)
+    identity, earlier = _identity(prepared, tokens), None
+    if trials_from is not None:
+        earlier = read_earlier(Path(trials_from), recipe, open_jobs(prepared.plan), identity)
+        identity["trials"] = earlier.digest
+    _require_space(prepared, staging, passes=earlier is None)
     lineage = Lineage(prepared.source, prepared.plan)
     with locked(staging), _worth_keeping(staging, refused=True):
         _require_new(output, recipe)  # another process may have finished it since
         open_staging(staging, identity)
         with _worth_keeping(staging, refused=False):
-            find(prepared, tokens, staging, progress)
+            find(prepared, tokens, staging, progress, earlier)
         prepared = allocated(prepared, tokens, staging)
         check_staging(staging, prepared.plan, lineage)
         with _worth_keeping(staging, refused=False):
@@ -143,6 +149,7 @@ def compress_model(
     tokenizer: Any = None,
     texts: Sequence[str] | None = None,
     device: str = "auto",
+    trials_from: str | Path | None = None,
 ) -> nn.Module:
     """Compress a model and return it loaded, ready for `generate`.
 
@@ -152,6 +159,7 @@ def compress_model(
         output: where the compressed checkpoint is kept; None keeps it in memory only.
         texts: calibration texts, instead of the recipe's data set.
         device: where to calibrate and solve: auto, cpu or cuda.
+        trials_from: a checkpoint that a search has made of the same model at another size; its trials are used again.
     Raises:
         CompressError: as the command line would print.
     """
@@ -169,7 +177,7 @@ def compress_model(
             tokenizer.save_pretrained(Path(scratch) / "model")
             model = Path(scratch) / "model"
         kept = Path(output) if output is not None else Path(scratch) / "compressed"
-        run(model, recipe, kept, texts=texts, device=device, name=name)
+        run(model, recipe, kept, texts=texts, device=device, name=name, trials_from=trials_from)
         return checkpoint.load(kept)
 
 
@@ -223,11 +231,11 @@ def _require_new(output: Path, recipe: Recipe) -> None:
     raise CompressError(f"{output} already exists{finished}; choose another -o or remove it")
 
 
-def _require_space(prepared: Prepared, staging: Path) -> None:
-    """Block files and assembled shards exist together for a moment; hidden states only before them."""
+def _require_space(prepared: Prepared, staging: Path, *, passes: bool) -> None:
+    """Block files and assembled shards exist together for a moment; hidden states of passes only before them."""
     copied = sum(tensor.num_bytes for tensor in prepared.source.tensors.values())
     dense = sum(prepared.source.tensors[f"{job.name}.weight"].num_bytes for job in prepared.plan.jobs)
-    states = 0 if is_found(staging, open_jobs(prepared.plan)) else states_bytes(prepared)
+    states = states_bytes(prepared) if passes and not is_found(staging, open_jobs(prepared.plan)) else 0
     needed = max(copied - dense + 2 * prepared.plan.packed_bytes, states) + (64 << 20)
     free = shutil.disk_usage(staging.parent).free
     free += sum(file.stat().st_size for file in staging.glob(f"{STATES}/*"))  # of a run that was cut off: written again

@@ -97,7 +97,7 @@ def open_staging(staging: Path, identity: dict[str, str]) -> None:
         write_whole(state, [json.dumps(identity, indent=1).encode()])
         return
     before = _read_json(state)
-    changed = [key for key in identity if before.get(key) != identity[key]]
+    changed = [key for key in {**identity, **before} if before.get(key) != identity.get(key)]
     if changed:
         raise CompressError(
             f"{staging} holds an unfinished run with another {' and '.join(changed)}; "

@@ -223,7 +223,10 @@ def _tried(prepared: Prepared, job: Job, inputs: SecondMoment, judge: SecondMome
                 error, price = _priced(method, options, weight, inputs, judge, spec)
             except (ValueError, torch.linalg.LinAlgError) as failure:
                 raise CompressError(f"{job.name}: {failure}") from failure
-            changed = {name: value for name, value in options.model_dump().items() if value != before[name]}
+            # a size is stated in any case: it holds for another rule, too (`compress.earlier`)
+            changed = {
+                name: value for name, value in options.model_dump().items() if value != before[name] or name == "ratio"
+            }
             found[key] = Candidate(changed, packed_bytes(spec), error, price)
         return found[key]
 

@@ -305,6 +305,60 @@ def test_a_killed_search_resumes_with_the_same_bytes(tiny: Path, tmp_path: Path,
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "resumed" / file).read_bytes()
 
 
+@pytest.mark.parametrize("options", SEARCHES.values(), ids=SEARCHES)
+def test_trials_serve_another_size(
+    options: dict, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The total is kept without trials, and the size they were made for comes out as it was, byte by byte."""
+    weights = {"method": "cospadi", "allocation": "search", **options}
+    recipe = Recipe.from_dict({**tiny_recipe(), "weights": weights})
+    run(tiny, recipe, tmp_path / "first")
+    monkeypatch.setattr("compress.allocation.run_trials", lambda *_: pytest.fail("searched again"))
+    other = Recipe.from_dict({**tiny_recipe(), "weights": weights | {"ratio": options["ratio"] - 0.1}})
+    run(tiny, other, tmp_path / "second", trials_from=tmp_path / "first")
+    packed, dense = total_bytes(tmp_path / "second")
+    first, _ = total_bytes(tmp_path / "first")
+    assert first < packed <= round((1.1 - options["ratio"]) * dense)
+    run(tiny, recipe, tmp_path / "third", trials_from=tmp_path / "second")
+    for file in ("model.safetensors", "allocation.json"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "third" / file).read_bytes()
+
+
+def test_trials_of_something_else_are_refused(tiny: Path, tmp_path: Path) -> None:
+    searched = {"dictionary": "identity", "allocation": "search"}
+    run(tiny, Recipe.from_dict(tiny_recipe(**searched)), tmp_path / "first")
+
+    def refused(
+        message: str, path: Path = tiny, trials: str = "first", calibration: dict | None = None, **weights: str
+    ) -> None:
+        recipe = tiny_recipe(**weights)
+        recipe = Recipe.from_dict(recipe | {"calibration": recipe["calibration"] | (calibration or {})})
+        with pytest.raises(CompressError, match=message):
+            run(path, recipe, tmp_path / "out", trials_from=tmp_path / trials)
+        assert not list(tmp_path.glob("*out*"))
+
+    refused("tiny holds no trials; give --trials-from a checkpoint made by a search", trials="tiny", **searched)
+    refused("another model;", save_tiny(tmp_path / "other", "qwen2"), **searched)
+    refused("another weights rule;", **searched, balance="2:4")
+    refused("another calibration tokens;", calibration={"samples": 2}, **searched)
+    refused("no gradients; leave out token_weighting", calibration={"token_weighting": 0.5}, **searched)
+    refused("needs allocation: search", dictionary="auto")
+    refused("needs allocation: search", dictionary="identity")
+    file = tmp_path / "first" / "allocation.json"
+    file.write_text(file.read_text().replace('"ratio"', '"rate"'))
+    refused("allocation.json is damaged .candidates without a size.; search again", **searched)
+
+
+def test_trials_of_another_run_do_not_continue_this_one(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.from_dict(tiny_recipe(dictionary="identity", allocation="search"))
+    run(tiny, recipe, tmp_path / "first")
+    monkeypatch.setattr("compress.run.compress_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, recipe, tmp_path / "out", trials_from=tmp_path / "first")
+    with pytest.raises(CompressError, match="an unfinished run with another trials; repeat that command"):
+        run(tiny, recipe, tmp_path / "out")
+
+
 @pytest.mark.parametrize("damage", ["cut", "missing", "other tokens"])
 def test_what_a_search_left_is_checked(damage: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A damaged file is named and nothing is thrown away; without the choices it is searched again."""
