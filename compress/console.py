@@ -48,9 +48,18 @@ class BarProgress:
         self.bar.update(self.task, advance=1, description=f"{module.name} error {module.error:.4f}")
 
     def count(self, total: int) -> Callable[[], None]:
-        """A bar of windows; call what it returns after each."""
+        """A bar of windows, or a line now and then where there is no terminal; call what it returns after each."""
         self._begin("windows", total, 0)
-        return lambda: self.bar.advance(self.task)
+        done = 0
+
+        def one_more() -> None:
+            nonlocal done
+            done += 1
+            self.bar.advance(self.task)
+            if not err.is_terminal and done * 5 // total > (done - 1) * 5 // total:
+                err.print(f"{done} of {total} windows", highlight=False)
+
+        return one_more
 
     def _begin(self, description: str, total: int, done: int) -> None:
         self.bar.start()

@@ -12,30 +12,29 @@ from compress.layers import dense_bytes, packed_bytes
 from compress.plan import Job, Plan
 from compress.prepare import Prepared
 from compress.report import duration, megabytes, sizes
-from compress.trials import trial_flops
+from compress.trials import logits_bytes, trial_flops
 
 
-def predicted_memory_bytes(prepared: Prepared) -> int:
-    """Largest block in the compute dtype, hidden states, the largest matrix's fp64 working set, and 700 MB of libraries."""
+def predicted_memory_bytes(prepared: Prepared, *, trials: bool = True) -> int:
+    """Largest block in the compute dtype, hidden states, the largest matrix's fp64 working set, and 700 MB of libraries; or,
+    if that is more, the head and the logits of a batch on their way back."""
     options, plan = prepared.recipe.calibration, prepared.plan
-    width = prepared.model.config.get_text_config(decoder=True).hidden_size
-    item = prepared.dtype.itemsize
-    blocks = [0] * plan.num_blocks
-    outside = 0
-    for name, tensor in prepared.source.tensors.items():
-        count = tensor.num_bytes // tensor.dtype.itemsize * item
-        if name.startswith(plan.blocks_name + "."):
-            blocks[int(name[len(plan.blocks_name) + 1 :].split(".")[0])] += count
-        else:
-            outside = max(outside, count)
+    config = prepared.model.config.get_text_config(decoder=True)
+    width, item = config.hidden_size, prepared.dtype.itemsize
+    block = max(prepared.block_parameters()) * item
+    outside = max(
+        tensor.num_bytes // tensor.dtype.itemsize * item
+        for name, tensor in prepared.source.tensors.items()
+        if not name.startswith(plan.blocks_name + ".")
+    )
     hidden = 2 * options.samples * options.length * width * item
     solving = max(
         8 * (6 * j.spec["in_features"] ** 2 + 4 * j.spec["in_features"] * j.spec["out_features"]) for j in plan.jobs
     )
     if prepared.recipe.refine.epochs:
-        solving = max(solving, 24 * max(blocks) // item)  # weights, masters, gradients and Adam's moments in fp32
+        solving = max(solving, 24 * block // item)  # weights, masters, gradients and Adam's moments in fp32
         hidden *= 2
-    return max(max(blocks) + solving, outside) + hidden + (700 << 20)
+    return max(block + solving, outside + (logits_bytes(prepared) if trials else 0)) + hidden + (700 << 20)
 
 
 def predicted_seconds(prepared: Prepared, *, trials: bool = True) -> float:
@@ -102,7 +101,7 @@ def forecast_table(prepared: Prepared, *, trials: bool = True) -> Table:
     ratio = 1 - plan.packed_bytes / plan.dense_bytes
     table.add_section()
     table.add_row("total", "", "", f"{100 * ratio:.1f} % fewer", megabytes(plan.dense_bytes), megabytes(plan.packed_bytes))
-    table.add_row("memory, about", "", "", "", "", megabytes(predicted_memory_bytes(prepared)))
+    table.add_row("memory, about", "", "", "", "", megabytes(predicted_memory_bytes(prepared, trials=trials)))
     table.add_row("time here, about", "", "", "", "", duration(predicted_seconds(prepared, trials=trials)))
     for note in plan.notes:
         table.add_row(note)

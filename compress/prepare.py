@@ -32,6 +32,14 @@ class Prepared:
     sensitivity: Mapping[str, torch.Tensor] = field(default_factory=dict)
     token_weights: Mapping[str, StoredTensor] = field(default_factory=dict)
 
+    def block_parameters(self) -> list[int]:
+        """How many parameters each decoder block has."""
+        counts, start = [0] * self.plan.num_blocks, f"{self.plan.blocks_name}."
+        for name, tensor in self.source.tensors.items():
+            if name.startswith(start):
+                counts[int(name.removeprefix(start).split(".")[0])] += tensor.num_bytes // tensor.dtype.itemsize
+        return counts
+
 
 def prepare(model: str | Path, recipe: Recipe, device: str = "auto") -> Prepared:
     """Open the model and resolve the recipe against it; reads no weights and writes nothing."""

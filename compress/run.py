@@ -51,11 +51,11 @@ def run(
     max_shard_bytes: int = 4 << 30,
     progress: Progress | None = None,
 ) -> Report:
-    """Compress a model into a new directory; the same call resumes a run that was cut off.
+    """Compress a model into a new or empty directory; the same call resumes a run that was cut off.
 
     Args:
         model: hub id, local directory or .gguf file.
-        output: must not exist; appears only when complete.
+        output: must not exist, or be an empty directory; its files appear together, when complete.
         texts: calibration texts, instead of the recipe's data set.
         name: what the report calls the model, where `model` is only a temporary place of it.
         trials_from: a checkpoint that a search has made of the same model at another size; its trials are used again.
@@ -106,6 +106,8 @@ def run(
                 identity=identity,
             )
             report = _assemble(prepared, report, staging, max_shard_bytes)
+            if output.exists():
+                output.rmdir()  # empty, or it would have been refused
             os.rename(staging / "whole", output)
         shutil.rmtree(staging, ignore_errors=True)
     return report
@@ -224,6 +226,8 @@ def _require_new(output: Path, recipe: Recipe) -> None:
             raise CompressError(f"{output.parent} does not exist; make it first")
         return
     forget_finished(staging_of(output), output)
+    if output.is_dir() and not any(output.iterdir()):
+        return
     finished = ""
     digest = identity_of(output).get("recipe")
     if digest:

@@ -82,10 +82,11 @@ def trial_flops(prepared: Prepared) -> float:
     passes = Passes(prepared, jobs, options.samples * options.length)
     if not passes.needed:
         return 0.0
-    weights = sum(job.spec["in_features"] * job.spec["out_features"] for job in prepared.plan.jobs)
+    through = sum(prepared.block_parameters())
+    back = sum(prepared.block_parameters()[passes.first_block :])
     config = prepared.model.config.get_text_config(decoder=True)
     # once for hidden states, once more for the Gram matrices of trials, and there and back
-    total = 2.0 * weights * (passes.tokens * (2 if jobs and passes.watched else 1) + 3 * passes.backward_tokens)
+    total = 2.0 * passes.tokens * (through + (back if jobs and passes.watched else 0)) + 6.0 * back * passes.backward_tokens
     total += 6.0 * config.hidden_size * config.vocab_size * passes.backward_tokens
     # moments that count tokens by their gradients, of every matrix that they price
     total += 1.2 * passes.backward_tokens * sum(job.spec["in_features"] ** 2 for job in jobs if job.name in passes.priced)
@@ -115,6 +116,15 @@ def states_bytes(prepared: Prepared) -> int:
     width = prepared.model.config.get_text_config(decoder=True).hidden_size
     stored = passes.tokens if options.layout == "stream" else places  # padding has states, too
     return stored * width * prepared.dtype.itemsize * (plan.num_blocks - passes.first_block)
+
+
+def logits_bytes(prepared: Prepared) -> int:
+    """Bytes in memory of a batch's logits on the way back: as they come, in fp32, their distribution, their gradient."""
+    options = prepared.recipe.calibration
+    if not Passes(prepared, open_jobs(prepared.plan), options.samples * options.length).watched:
+        return 0
+    vocabulary = prepared.model.config.get_text_config(decoder=True).vocab_size
+    return 4 * 4 * max(_BATCH_TOKENS, options.length) * vocabulary
 
 
 def _one_of(method: ModuleType, options: methods.MethodConfig, neurons: int) -> int:

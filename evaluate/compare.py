@@ -158,34 +158,43 @@ def task_differences(ours: TaskResult, theirs: TaskResult) -> dict[str, float | 
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Original, compressed, difference, each with its standard error; below, what was left out."""
+    """Original, compressed, difference, each with its standard error, or one column where there is no original; below, what
+    was left out."""
     protocol = result["protocol"]
-    table = Table("", "original", "compressed", "difference", title=_title(protocol))
+    alone = "original" not in result
+    heads = (
+        ["compressed" if "bits" in result["compressed"] else "model"] if alone else ["original", "compressed", "difference"]
+    )
+    table = Table("", *heads, title=_title(protocol))
     if protocol.get("notes"):
         table.caption = "\n".join(protocol["notes"])
     for column in table.columns[1:]:
         column.justify = "right"
     sides = [result.get("original", {}), result["compressed"], result.get("difference", {})]
+
+    def add_row(label: str, *cells: str) -> None:
+        table.add_row(label, *(cells[1:2] if alone else cells))
+
     for key, label in _FIGURES.items():
         cells = [_shown(side.get("quality", {}), key, sign=side is sides[2]) for side in sides]
         if cells[1]:
-            table.add_row(label, *cells)
+            add_row(label, *cells)
     for task, metrics in sides[1].get("tasks", {}).items():
         for metric in [name for name in metrics if not name.endswith("_stderr")]:
             cells = [_shown(side.get("tasks", {}).get(task, {}), metric, sign=side is sides[2]) for side in sides]
-            table.add_row(f"{task} {metric}", *cells)
+            add_row(f"{task} {metric}", *cells)
     bits = {**sides[1].get("bits", {}), **sides[1].get("quality", {})}
     for key, label in _BITS.items():
         if key in bits:
-            table.add_row(label, "", f"{bits[key]:.2f}", "")
+            add_row(label, "", f"{bits[key]:.2f}", "")
     for key, (label, unit) in _DECODING.items():
         cells = [side["decoding"][key] / unit if side.get("decoding", {}).get(key) else None for side in sides[:2]]
         if cells[1]:
-            table.add_row(label, *("" if cell is None else f"{cell:.4g}" for cell in cells), "")
+            add_row(label, *("" if cell is None else f"{cell:.4g}" for cell in cells), "")
     before, after = (side.get("checkpoint_bytes") for side in sides[:2])
     if after is not None:
         change = f"{100 * (after / before - 1):+.1f} %" if before else ""
-        table.add_row("checkpoint", megabytes(before) if before else "", megabytes(after), change)
+        add_row("checkpoint", megabytes(before) if before else "", megabytes(after), change)
     return table
 
 

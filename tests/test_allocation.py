@@ -278,6 +278,7 @@ def test_the_dry_runs_time_counts_the_trials(tiny: Path) -> None:
         recipe["calibration"]["token_weighting"] = 0.5 if name == "weighted" else 0
         prepared = prepare(tiny, Recipe.from_dict(recipe))
         flops[name], disk[name] = trial_flops(prepared), trials.states_bytes(prepared)
+        assert (trials.logits_bytes(prepared) > 0) == (disk[name] > 0)
     assert flops["given"] == 0 < flops["tried"] < flops["searched"] and flops["weighted"] > 0 < flops["fisher"]
     blocks, width = prepared.plan.num_blocks, prepared.model.config.hidden_size
     whole = 8 * 64 * width * 4 * blocks

@@ -42,6 +42,7 @@ def test_the_main_job(tiny_llama: Path, recipe_file: Path, tmp_path: Path) -> No
     dry = compress("model", tiny_llama, "--recipe", recipe_file, "--dry-run")
     assert dry.returncode == 0 and "3 x q_proj" in dry.stdout and "memory, about" in dry.stdout
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()  # an empty directory will do
     done = compress("model", tiny_llama, "--recipe", recipe_file, "-o", tmp_path / "out", "--set", "weights.ratio=0.3")
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "a pipe gets no progress bar, and nothing went wrong"
@@ -62,6 +63,7 @@ def test_the_main_job(tiny_llama: Path, recipe_file: Path, tmp_path: Path) -> No
     assert evaluated.returncode == 0, evaluated.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["compressed"]["quality"]["kl"] > 0 and "perplexity" in evaluated.stdout
+    assert evaluated.stderr.splitlines() == ["1 of 2 windows", "2 of 2 windows"], "a pipe is told where it is"
     sizes = [sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (tmp_path / "out", tiny_llama)]
     for side, size in zip(("compressed", "original"), sizes, strict=True):
         assert 0 < size - figures[side]["checkpoint_bytes"] < 20_000  # without the headers

@@ -91,7 +91,7 @@ def test_a_broken_model_gives_nulls() -> None:
     result = compare(model, tiny_tokenizer(), dataset="python-docs", length=64, windows=2)
     json.dumps(result, allow_nan=False)
     assert result["compressed"]["quality"]["perplexity"] is None
-    table(result)
+    assert [column.header for column in table(result).columns] == ["", "model"], "a plain model, and nothing beside it"
 
 
 def test_another_vocabulary_is_refused() -> None:

@@ -41,7 +41,10 @@ WRONG = {
     "unknown method": ({"weights": {"method": "cospadii"}}, "did you mean 'cospadi'"),
     "unknown option": ({"weights": {"method": "cospadi", "ratoi": 0.2}}, "unknown key 'ratoi'; did you mean 'ratio'"),
     "unknown section": ({"wieghts": {}, "weights": {"method": "cospadi"}}, "unknown key 'wieghts'; did you mean 'weights'"),
-    "nested key": ({"calibration": {"sample": 1}, "weights": {"method": "cospadi"}}, "did you mean 'samples'"),
+    "nested key": (
+        {"calibration": {"sample": 1}, "weights": {"method": "cospadi"}},
+        "calibration: unknown key 'sample'; did you mean 'samples'",
+    ),
     "ratio": ({"weights": {"method": "cospadi", "ratio": 1.5}}, r"weights\.ratio: .*less than 1, got 1\.5"),
     "no weights": ({}, "weights"),
     "no method": ({"weights": {"ratio": 0.2}}, "needs a `method`"),
