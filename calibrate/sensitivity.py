@@ -137,6 +137,15 @@ def through_block(
     return found
 
 
+def of_block(gradients: list[Tensor], masks: list[Tensor | None]) -> Tensor | None:
+    """s of every token `[samples, length]` at a block's outputs, 1 in the mean over the tokens that count; None where none
+    matters."""
+    pairs = list(zip(gradients, masks, strict=True))
+    whole = torch.cat([_counted(gradient, mask).float().square().sum(dim=-1) for gradient, mask in pairs])
+    tokens = sum(gradient.shape[:-1].numel() if mask is None else int(mask.sum()) for gradient, mask in pairs)
+    return whole * (tokens / whole.double().sum()).float() if whole.any() else None
+
+
 def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
     """Zero at padded tokens, whatever it is there; a linear that sees other tokens than the block has none."""
     if mask is None or x.shape[:-1].numel() != mask.numel():

@@ -188,7 +188,9 @@ def _refined(
     """The packed tensors of a block fitted together, and what that did to the error of each matrix by itself."""
     layers = {r.name: filled_layer(r.spec, _tensors_of(r.name, packed), prepared.device) for r in reports}
     seed = prepared.recipe.calibration.seed + index
-    found = refine_block(runner, index, layers, prepared.recipe.refine, seed)
+    counts = prepared.token_weights.get(f"{prepared.plan.blocks_name}.{index}")
+    weights = None if counts is None else counts.read()
+    found = refine_block(runner, index, layers, prepared.recipe.refine, seed, weights)
     outcome = "refined" if found.better else "kept, for refining gave"
     progress.note(f"block {index}: error of its output {found.before:.4f}, {outcome} {found.after:.4f}")
     if not found.better:

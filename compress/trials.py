@@ -30,7 +30,7 @@ from torch import Tensor
 from compress import methods
 from compress.blockwise import Progress, filled_layer, second_moment, start_runner
 from compress.calibrate import data
-from compress.calibrate.sensitivity import Sensitivity, through_block
+from compress.calibrate.sensitivity import Sensitivity, of_block, through_block
 from compress.errors import CompressError
 from compress.layers import Spec, packed_bytes
 from compress.linalg import SecondMoment, relative
@@ -58,7 +58,7 @@ class Candidate:
 @dataclass(frozen=True)
 class Trials:
     """Candidates of every open matrix; and of every matrix that was watched on the way back, by name, the sensitivities of
-    its outputs and how many times each token counts in what it is fitted to."""
+    its outputs and how many times each token counts in what it is fitted to; of a block that is refined, too."""
 
     candidates: dict[str, list[Candidate]]
     outputs: dict[str, Tensor]
@@ -164,6 +164,10 @@ def run_trials(prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging
     for index, gradients in walk:
         here = [job for job in jobs if job.block == index]
         minded: dict[str, Sensitivity] = {}
+        if passes.share and prepared.recipe.refine.epochs:
+            count = of_block(gradients, [mask for _, mask in runner.batches])
+            if count is not None:
+                trials.tokens[f"{prepared.plan.blocks_name}.{index}"] = 1 - passes.share + passes.share * count
         if gradients is not None:
             watched = {job.name: model.get_submodule(job.name) for job in passes.watched if job.block == index}
             minded = through_block(runner, index, gradients, watched, passes.priced & watched.keys(), judging)

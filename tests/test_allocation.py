@@ -202,11 +202,16 @@ def test_weights_of_tokens_reach_a_rotated_model(tmp_path: Path) -> None:
 def test_padding_has_no_weight(tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "tiny")
     calibration = {"samples": 6, "length": 100, "layout": "documents", "token_weighting": 1.0}
-    prepared = prepare(path, Recipe.from_dict({**tiny_recipe(), "calibration": calibration}), "cpu")
+    recipe = {**tiny_recipe(), "calibration": calibration, "refine": {"epochs": 1}}
+    prepared = prepare(path, Recipe.from_dict(recipe), "cpu")
     tokens = _tokens(prepared, DOCUMENTS)
     assert not tokens.mask.all()
     found = trials.run_trials(prepared, [], tokens, tmp_path, Silent()).tokens
-    assert found.keys() == {job.name for job in prepared.plan.jobs}
+    blocks = {f"model.layers.{index}" for index in range(prepared.plan.num_blocks)}
+    assert found.keys() == {job.name for job in prepared.plan.jobs} | blocks
+    assert all(torch.allclose(found[block], found[f"{block}.mlp.down_proj"], rtol=1e-4) for block in blocks), (
+        "it adds to the block's output"
+    )
     for weights in found.values():
         assert weights.shape == tokens.ids.shape and not weights[~tokens.mask].any()
         assert float(weights.sum()) == pytest.approx(tokens.count, rel=1e-4)

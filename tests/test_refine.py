@@ -6,10 +6,14 @@ import pytest
 import torch
 from tests.helpers import save_tiny, tiny_model, tiny_recipe, tiny_tokenizer
 
+from compress.blockwise import filled_layer, start_runner
 from compress.errors import CompressError
 from compress.kernels.hadamard import hadamard
+from compress.model import materialise
+from compress.prepare import prepare
 from compress.recipe import Recipe
-from compress.run import run
+from compress.refine import _in_place_of_linears, refine_block
+from compress.run import _tokens, run
 from compress.tensorfile import read_header
 
 FORMS = {
@@ -77,6 +81,30 @@ def test_rotated_inputs_that_are_rounded(tmp_path):
     data = {**tiny_recipe(), "weights": weights, "refine": {"epochs": 16, "rate": 0.003}}
     run(model, Recipe.from_dict(data), tmp_path / "o", progress=notes)
     assert all(after < before for before, after in notes.pairs), notes.pairs
+
+
+def test_weights_decide_which_tokens_are_served(tmp_path):
+    """Of two refinements each is the better one where its weights are, and one whose weights are alike is as without."""
+    recipe = refined(FORMS["integers"], epochs=16)
+    run(save_tiny(tmp_path / "m"), refined(FORMS["integers"], epochs=0), tmp_path / "plain")
+    held = packed(tmp_path / "plain")
+    prepared = prepare(tmp_path / "m", recipe, "cpu")
+    runner = start_runner(prepared, _tokens(prepared, None))
+    materialise(prepared.model, prepared.source, "model.layers.0.", torch.float32, prepared.device)
+    early = torch.linspace(2, 0, 64).expand(8, 64)
+    outputs = {}
+    for name, weights in {"none": None, "alike": torch.ones(8, 64), "early": early, "late": 2 - early}.items():
+        layers = {}
+        for job in prepared.plan.by_block[0]:
+            mine = {key.removeprefix(f"{job.name}."): value for key, value in held.items() if key.startswith(job.name)}
+            layers[job.name] = filled_layer(job.spec, mine, prepared.device)
+        assert refine_block(runner, 0, layers, recipe.refine, 0, weights).better
+        with _in_place_of_linears(prepared.model, layers):
+            outputs[name] = torch.cat(runner.outputs(0))
+    errors = {name: (output - torch.cat(runner.outputs(0))).square().sum(dim=-1) for name, output in outputs.items()}
+    assert torch.equal(errors["none"], errors["alike"])
+    assert float((errors["early"] * early).sum()) < 0.99 * float((errors["late"] * early).sum())
+    assert float((errors["late"] * (2 - early)).sum()) < 0.99 * float((errors["early"] * (2 - early)).sum())
 
 
 def test_same_bytes_after_an_interruption(tmp_path, monkeypatch):
