@@ -16,7 +16,7 @@ from typing import Any
 
 from compress.blockwise import Progress
 from compress.calibrate import data
-from compress.earlier import FILE, Earlier
+from compress.earlier import Earlier
 from compress.errors import CompressError
 from compress.jsonfile import read_json
 from compress.knapsack import choose
@@ -24,6 +24,7 @@ from compress.layers import dense_bytes
 from compress.passes import Passes
 from compress.plan import Job, Plan, job_spec
 from compress.prepare import Prepared
+from compress.staging import ALLOCATION
 from compress.tensorfile import read_header, write_file, write_whole
 from compress.trials import Candidate, Trials, open_jobs, run_trials
 
@@ -42,12 +43,13 @@ def find(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Progr
         return
     found = Trials(earlier.candidates, {}, {}) if earlier else run_trials(prepared, jobs, tokens, staging, progress)
     if jobs:
-        chosen = _choices(jobs, found.candidates, progress)
+        way_out = "lower the ratio" if earlier is None else "search again without --trials-from"
+        chosen = _choices(jobs, found.candidates, way_out, progress)
         record = {
             job.name: {"chosen": chosen[job.name], "candidates": [asdict(c) for c in found.candidates[job.name]]}
             for job in jobs
         }
-        write_whole(staging / FILE, [json.dumps(record, indent=1).encode()])
+        write_whole(staging / ALLOCATION, [json.dumps(record, indent=1).encode()])
     kinds = {"outputs": found.outputs, "tokens": found.tokens}
     tensors = {f"{kind}.{name}": tensor for kind, of_kind in kinds.items() for name, tensor in of_kind.items()}
     write_file(staging / SENSITIVITY, tensors)  # last: it says that all is there
@@ -55,7 +57,7 @@ def find(prepared: Prepared, tokens: data.Tokens, staging: Path, progress: Progr
 
 def is_found(staging: Path, jobs: list[Job]) -> bool:
     """Whether what `find` leaves is there."""
-    return (staging / SENSITIVITY).exists() and (not jobs or (staging / FILE).exists())
+    return (staging / SENSITIVITY).exists() and (not jobs or (staging / ALLOCATION).exists())
 
 
 def allocated(prepared: Prepared, tokens: data.Tokens, staging: Path) -> Prepared:
@@ -75,7 +77,7 @@ def allocated(prepared: Prepared, tokens: data.Tokens, staging: Path) -> Prepare
         if any(tensor.shape != tuple(tokens.ids.shape) for tensor in weights.values()):
             raise ValueError("weights of other tokens")
         if jobs:
-            file = staging / FILE
+            file = staging / ALLOCATION
             settled = {name: entry["candidates"][entry["chosen"]]["options"] for name, entry in read_json(file).items()}
             plan = _settled(prepared, {job.name: settled[job.name] for job in jobs})
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -94,7 +96,7 @@ def _settled(prepared: Prepared, options: dict[str, dict[str, Any]]) -> Plan:
     return replace(prepared.plan, jobs=tuple(jobs))
 
 
-def _choices(jobs: list[Job], found: dict[str, list[Candidate]], progress: Progress) -> dict[str, int]:
+def _choices(jobs: list[Job], found: dict[str, list[Candidate]], way_out: str, progress: Progress) -> dict[str, int]:
     """The index of every matrix's candidate: the best of each, or the best of all under the rule's total."""
     chosen: dict[str, int] = {}
     for rule in dict.fromkeys(job.rule for job in jobs):
@@ -110,7 +112,7 @@ def _choices(jobs: list[Job], found: dict[str, list[Candidate]], progress: Progr
         try:
             picks = choose(sizes, prices, limit)
         except ValueError as error:
-            raise CompressError(f"the search finds no room: {error} bytes; lower the ratio") from error
+            raise CompressError(f"the search finds no room: {error} bytes; {way_out}") from error
         total = sum(row[pick] for row, pick in zip(prices, picks, strict=True))
         progress.note(f"search: predicted KL {total:.3f} nats per token at {limit / 1e6:.1f} MB")
         chosen.update({job.name: pick for job, pick in zip(mine, picks, strict=True)})

@@ -61,7 +61,7 @@ def model_command(
         str | None, typer.Argument(help="Hub id, local directory or .gguf file; may come from the recipe.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="New directory for the compressed checkpoint.")
+        Path | None, typer.Option("--output", "-o", help="New or empty directory for the compressed checkpoint.")
     ] = None,
     overrides: Set = None,
     device: Device = "auto",
@@ -73,6 +73,7 @@ def model_command(
 ) -> None:
     """Calibrate, compress and save a model; the same command resumes a run that was cut off."""
     load_libraries()
+    from compress.earlier import require_trials
     from compress.forecast import forecast_table
     from compress.prepare import prepare
     from compress.recipe import Recipe
@@ -83,7 +84,10 @@ def model_command(
     if name is None:
         raise CompressError("no model: give MODEL, or a recipe with a `model` key")
     if dry_run:
-        out.print(forecast_table(prepare(name, checked, device), trials=trials_from is None))
+        prepared = prepare(name, checked, device)
+        if trials_from is not None:
+            require_trials(trials_from, prepared)
+        out.print(forecast_table(prepared, trials=trials_from is None))
         return
     if output is None:
         raise CompressError("no output: give -o DIR, or --dry-run to see the plan")
@@ -240,7 +244,7 @@ def inspect(
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A compressed checkpoint.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="New directory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New or empty directory.")],
     format: Annotated[str, typer.Option(help="dense: an ordinary bf16 checkpoint for any engine.")] = "dense",
 ) -> None:
     """Write the compressed model in a form that other tools read."""

@@ -1,4 +1,4 @@
-"""What the command line writes, and where: results and notes on stdout, the progress bar and one line of error on stderr."""
+"""What the command line writes, and where: results and notes on stdout, progress and one line of error on stderr."""
 
 from __future__ import annotations
 

@@ -17,14 +17,16 @@ from typing import Any
 from compress.checkpoint import read_report
 from compress.errors import CompressError
 from compress.jsonfile import read_json
+from compress.lineage import Lineage
+from compress.methods._budget import LEAST_SHARE
 from compress.passes import minds
-from compress.plan import Job
-from compress.recipe import Recipe
-from compress.trials import Candidate
+from compress.plan import HEAD
+from compress.prepare import Prepared
+from compress.staging import ALLOCATION
+from compress.trials import Candidate, open_jobs
 
-FILE = "allocation.json"
 _SIZES = ("ratio", "target_size", "target_bits")
-_SAME = ("model", "calibration tokens", "compute dtype")  # of what a run is known by: what decides prices
+_SAME = ("model", "calibration tokens", "compute dtype", "compress version")  # of a run's identity: what decides prices
 
 
 @dataclass(frozen=True)
@@ -35,37 +37,52 @@ class Earlier:
     digest: str
 
 
-def read_earlier(checkpoint: Path, recipe: Recipe, jobs: list[Job], identity: dict[str, str]) -> Earlier:
-    """The trials that a checkpoint keeps, for the open `jobs` of a run with this recipe and identity.
+def require_trials(checkpoint: Path, prepared: Prepared) -> None:
+    """What can be seen before anything is read.
 
     Raises:
-        CompressError: it holds none, or another model's, or what is asked for needs more than prices.
+        CompressError: the checkpoint holds no trials, or what is asked for needs more than prices.
     """
-    file = checkpoint / FILE
-    if not file.is_file():
-        raise CompressError(f"{checkpoint} holds no trials; give --trials-from a checkpoint made by a search")
+    jobs = open_jobs(prepared.plan)
+    if not (checkpoint / ALLOCATION).is_file():
+        reason = "holds no trials" if checkpoint.exists() else "does not exist"
+        raise CompressError(f"{checkpoint} {reason}; give --trials-from a checkpoint made by a search")
     if not jobs or any(job.rule.options.allocation != "search" for job in jobs):
         raise CompressError("--trials-from serves searches: every rule that leaves something open needs allocation: search")
-    if recipe.calibration.token_weighting or any(minds(job, "weighting", "fisher") for job in jobs):
+    if prepared.recipe.calibration.token_weighting or any(minds(job, "weighting", "fisher") for job in jobs):
         raise CompressError("--trials-from has prices and no gradients; leave out token_weighting and weighting: fisher")
-    report = read_report(checkpoint)
+
+
+def read_earlier(checkpoint: Path, prepared: Prepared, identity: dict[str, str], lineage: Lineage) -> Earlier:
+    """The trials that a checkpoint keeps, for a run with this identity; what leaves a matrix less than a search at this size
+    would is left out.
+
+    Raises:
+        CompressError: they are damaged, or of another model or recipe, or all too small.
+    """
+    report, file = read_report(checkpoint), checkpoint / ALLOCATION
     changed = [key for key in _SAME if report.identity.get(key) != identity[key]]
-    if _without_sizes(report.recipe.get("weights")) != _without_sizes(recipe.resolved()["weights"]):
+    if report.made_from != lineage.of(HEAD) and "model" not in changed:
+        changed.append("model")
+    if _without_sizes(report.recipe.get("weights")) != _without_sizes(prepared.recipe.resolved()["weights"]):
         changed.append("weights rule")
     if report.recipe.get("calibration", {}).get("token_weighting"):
         changed.append("token_weighting")
+    if not report.identity:
+        raise CompressError(f"{checkpoint} has lost its report.json, which says what its trials were made for; search again")
     if changed:
         raise CompressError(f"the trials of {checkpoint} had another {' and '.join(changed)}; only the size may differ")
-    record = read_json(file)
+    record, candidates = read_json(file), {}
     try:
         tried = {name: record[name]["candidates"] for name in sorted(record)}
-        candidates = {name: [Candidate(**candidate) for candidate in of_one] for name, of_one in tried.items()}
-        if candidates.keys() != {job.name for job in jobs}:
-            raise ValueError("other matrices")
-        if any("ratio" not in one.options for of_one in candidates.values() for one in of_one):
-            raise ValueError("candidates without a size")
+        for job in open_jobs(prepared.plan):
+            least = LEAST_SHARE * (1 - job.rule.options.ratio) - 1e-9
+            found = [Candidate(**candidate) for candidate in tried[job.name]]
+            candidates[job.name] = [one for one in found if 1 - one.options["ratio"] >= least]
+            if not candidates[job.name]:
+                raise CompressError(f"the trials of {checkpoint} are all too small for this size; search again")
     except (KeyError, TypeError, ValueError) as error:
-        raise CompressError(f"{file} is damaged ({error}); search again without --trials-from") from error
+        raise CompressError(f"{file} is damaged; search again without --trials-from") from error
     return Earlier(candidates, hashlib.sha256(json.dumps(tried, sort_keys=True).encode()).hexdigest())
 
 

@@ -17,6 +17,7 @@ from compress.jsonfile import write_json
 from compress.layers import Spec, build, dense_bytes
 from compress.model import build_skeleton, read_config
 from compress.source import Source, open_source
+from compress.staging import is_vacant, publish
 from compress.tensorfile import CastTensor, StoredTensor, read_header, write_file
 from compress.verify import module_specs, prepare_skeleton
 
@@ -31,7 +32,7 @@ def export_dense(path: str | Path, output: str | Path, max_shard_bytes: int = 4 
         CompressError: not a compressed checkpoint, incomplete or damaged, or no place for the output.
     """
     source, output = open_source(path), Path(output).absolute()
-    if output.exists():
+    if not is_vacant(output):
         raise CompressError(f"{output} already exists; choose another -o or remove it")
     if not output.parent.is_dir():
         raise CompressError(f"{output.parent} does not exist; make it first")
@@ -53,7 +54,7 @@ def export_dense(path: str | Path, output: str | Path, max_shard_bytes: int = 4 
         write_json(staging / "whole" / "config.json", _dense_config(source, untied))
         for file in source.side_files():
             shutil.copyfile(file, staging / "whole" / file.name)
-        (staging / "whole").rename(output)
+        publish(staging / "whole", output)
         return total
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from compress import methods
 from compress.layers import dense_bytes, packed_bytes
-from compress.plan import Job, Plan
+from compress.plan import HEAD, Job, Plan
 from compress.prepare import Prepared
 from compress.report import duration, megabytes, sizes
 from compress.trials import logits_bytes, trial_flops
@@ -22,11 +22,13 @@ def predicted_memory_bytes(prepared: Prepared, *, trials: bool = True) -> int:
     config = prepared.model.config.get_text_config(decoder=True)
     width, item = config.hidden_size, prepared.dtype.itemsize
     block = max(prepared.block_parameters()) * item
-    outside = max(
+    around = [
         tensor.num_bytes // tensor.dtype.itemsize * item
         for name, tensor in prepared.source.tensors.items()
         if not name.startswith(plan.blocks_name + ".")
-    )
+    ]
+    logits = logits_bytes(prepared) if trials else 0
+    outside = sum(around) + logits if logits else max(around)
     hidden = 2 * options.samples * options.length * width * item
     solving = max(
         8 * (6 * j.spec["in_features"] ** 2 + 4 * j.spec["in_features"] * j.spec["out_features"]) for j in plan.jobs
@@ -34,19 +36,20 @@ def predicted_memory_bytes(prepared: Prepared, *, trials: bool = True) -> int:
     if prepared.recipe.refine.epochs:
         solving = max(solving, 24 * block // item)  # weights, masters, gradients and Adam's moments in fp32
         hidden *= 2
-    return max(block + solving, outside + (logits_bytes(prepared) if trials else 0)) + hidden + (700 << 20)
+    return max(block + solving, outside) + hidden + (700 << 20)
 
 
 def predicted_seconds(prepared: Prepared, *, trials: bool = True) -> float:
     """Forward passes, Gram matrices, solvers and trials as flops over the speed of one matrix product, measured now."""
     options, plan = prepared.recipe.calibration, prepared.plan
     tokens = options.samples * options.length
-    weights = sum(job.spec["in_features"] * job.spec["out_features"] for job in plan.jobs)
+    last = max(plan.num_blocks - 1 if job.block == HEAD else job.block for job in plan.jobs)
+    through = sum(prepared.block_parameters(active=True)[: last + 1])
     passes = 1 if options.inputs == "original" else 2
     if prepared.recipe.refine.epochs:
         passes += 3 * (1 + prepared.recipe.refine.epochs)
     widths = {(job.block, job.spec["in_features"]) for job in plan.jobs}
-    calibration = 2 * tokens * weights * passes + 1.2 * tokens * sum(width**2 for _, width in widths)
+    calibration = 2 * tokens * through * passes + 1.2 * tokens * sum(width**2 for _, width in widths)
     solving = sum(
         methods.load(job.rule.method).flops(job.spec["in_features"], job.spec["out_features"], job.spec, job.rule.options)
         for job in plan.jobs

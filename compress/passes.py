@@ -67,8 +67,12 @@ def backwards(prepared: Prepared, runner: BlockRunner, passes: Passes, folder: P
     for index, _ in forwards(prepared, runner):
         if index >= passes.first_block:
             states.put(index, runner.hidden)
+    held = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.is_meta}
     materialise_head(model, prepared.source, plan.blocks_name, prepared.dtype, prepared.device)
     gradients = output_gradients(runner, passes.batches(runner))
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if not parameter.is_meta and name not in held:
+            release(model, name)
     for index in reversed(range(passes.first_block, plan.num_blocks)):
         prefix = f"{plan.blocks_name}.{index}."
         materialise(model, prepared.source, prefix, prepared.dtype, prepared.device)

@@ -83,7 +83,7 @@ def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
             raise CompressError(f"{name} shares its weight with the input embedding and cannot be compressed; leave it out")
         if f"{name}.weight" not in source.tensors:
             raise CompressError(f"the checkpoint holds no {name}.weight; its names are not those of this architecture")
-        jobs.append(Job(name, _block_of(name, blocks_name), job_spec(model, name, source, rule), rule))
+        jobs.append(Job(name, block_of(name, blocks_name), job_spec(model, name, source, rule), rule))
     if not jobs:
         raise CompressError("the recipe leaves every layer as it is; give a rule with a method")
     unmatched = [
@@ -134,7 +134,8 @@ def job_spec(model: nn.Module, name: str, source: Source, rule: Rule) -> Spec:
     }
 
 
-def _block_of(name: str, blocks_name: str) -> int:
+def block_of(name: str, blocks_name: str) -> int:
+    """The number of the decoder block that a module or tensor belongs to; HEAD for what lies outside."""
     return int(name[len(blocks_name) + 1 :].split(".")[0]) if name.startswith(blocks_name + ".") else HEAD
 
 

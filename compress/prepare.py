@@ -12,10 +12,12 @@ from torch import nn
 from compress.complete import require_filled
 from compress.errors import CompressError
 from compress.model import build_skeleton, decoder_blocks, require_compressible
-from compress.plan import Plan, make_plan
+from compress.plan import Plan, block_of, make_plan
 from compress.recipe import Recipe
 from compress.source import Source, open_source
 from compress.tensorfile import StoredTensor
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as configs call their number
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,21 @@ class Prepared:
     plan: Plan
     device: torch.device
     dtype: torch.dtype
-    # what the model's output minds, by matrix, see compress.allocation: of output neurons, and of tokens
+    # what the model's output minds, see compress.allocation: of output neurons, by matrix; of tokens, by matrix and block
     sensitivity: Mapping[str, torch.Tensor] = field(default_factory=dict)
     token_weights: Mapping[str, StoredTensor] = field(default_factory=dict)
 
-    def block_parameters(self) -> list[int]:
-        """How many parameters each decoder block has."""
-        counts, start = [0] * self.plan.num_blocks, f"{self.plan.blocks_name}."
+    def block_parameters(self, *, active: bool = False) -> list[int]:
+        """How many parameters each decoder block has; or how many a token meets there, which is asked of few experts."""
+        config = self.model.config.get_text_config(decoder=True)
+        experts = next((n for key in _EXPERTS if (n := getattr(config, key, None))), None)
+        share = getattr(config, "num_experts_per_tok", experts) / experts if active and experts else 1
+        counts = dict.fromkeys(range(self.plan.num_blocks), 0.0)
         for name, tensor in self.source.tensors.items():
-            if name.startswith(start):
-                counts[int(name.removeprefix(start).split(".")[0])] += tensor.num_bytes // tensor.dtype.itemsize
-        return counts
+            index = block_of(name, self.plan.blocks_name)
+            if index in counts:
+                counts[index] += (share if ".experts." in name else 1) * (tensor.num_bytes // tensor.dtype.itemsize)
+        return [round(count) for count in counts.values()]
 
 
 def prepare(model: str | Path, recipe: Recipe, device: str = "auto") -> Prepared:

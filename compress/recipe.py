@@ -234,9 +234,9 @@ def _checked(cls: type[BaseModel], data: Mapping[str, Any], where: str, extra_ke
             owner = cls
             for part in location[:-1]:
                 owner = owner.model_fields[part].annotation
-            section = where + "".join(f"{part}: " for part in location[:-1])
+            section = where + ".".join(location[:-1])
             known = unknown_key(location[-1], [*owner.model_fields, *extra_keys])
-            raise CompressError(f"recipe: {section}{known}") from error
+            raise CompressError(": ".join(filter(None, ["recipe", section.rstrip("."), known]))) from error
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, CompressError):
             raise cause from error

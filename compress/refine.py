@@ -124,10 +124,11 @@ def _squares(runner: BlockRunner, states: list[Tensor], targets: list[Tensor], w
 
 def _errors(difference: Tensor, mask: Tensor | None, weight: Tensor | None) -> Tensor:
     """The squared error of every token but padding, times its weight; in fp32 at least."""
+    if mask is not None:  # first: what is not finite at padding would reach the gradients through the square
+        counted = mask.to(difference.device).bool()
+        difference, weight = difference[counted], None if weight is None else weight.to(difference.device)[counted]
     squares = difference.to(torch.promote_types(difference.dtype, torch.float32)).square().sum(dim=-1)
-    if weight is not None:
-        squares = squares * weight.to(squares.device)
-    return squares if mask is None else squares[mask.to(squares.device).bool()]
+    return squares if weight is None else squares * weight.to(squares.device)
 
 
 def _movable(layer: CompressedLinear) -> Iterator[tuple[str, nn.Parameter]]:

@@ -54,6 +54,8 @@ class Report:
     peak_memory_bytes: int | None
     recipe: dict[str, Any]
     identity: dict[str, str]
+    made_from: str = ""  # hash of the blocks of the original (`compress.lineage`)
+    trials_from: str = ""  # the name of the checkpoint whose trials were used again
     checkpoint_bytes: int = 0
     dense_checkpoint_bytes: int = 0
     totals: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +72,8 @@ class Report:
         """What config.json alone tells about a checkpoint that lost its report; the format stands for the method."""
         in_order = sorted(specs, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(6), name))
         modules = [ModuleReport.of(name, specs[name]["format"], specs[name], None, 0.0) for name in in_order]
-        return cls(modules, "", {}, {}, 0.0, 0, {}, {}, checkpoint_bytes, dense_checkpoint_bytes)
+        sizes = {"checkpoint_bytes": checkpoint_bytes, "dense_checkpoint_bytes": dense_checkpoint_bytes}
+        return cls(modules, "", {}, {}, 0.0, 0, {}, {}, **sizes)
 
     @property
     def worst(self) -> ModuleReport | None:

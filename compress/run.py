@@ -8,7 +8,6 @@ hidden states, and the rest follows with the same bytes. The output directory ap
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -24,18 +23,28 @@ from compress.allocation import SENSITIVITY, allocated, find, is_found
 from compress.bases import rotated, write_cache_bases, write_rotated
 from compress.blockwise import Progress, Silent, compress_blocks
 from compress.calibrate import data
-from compress.earlier import FILE as ALLOCATION
-from compress.earlier import read_earlier
+from compress.earlier import read_earlier, require_trials
 from compress.errors import CompressError
 from compress.forecast import size_notes
 from compress.lineage import Lineage, model_identity
 from compress.memory import peak_memory_bytes
 from compress.passes import STATES
+from compress.plan import HEAD
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
 from compress.report import Report
 from compress.rotation import RotatedSource
-from compress.staging import check_staging, forget_finished, identity_of, locked, open_staging, staging_of
+from compress.staging import (
+    ALLOCATION,
+    check_staging,
+    forget_finished,
+    identity_of,
+    is_vacant,
+    locked,
+    open_staging,
+    publish,
+    staging_of,
+)
 from compress.trials import open_jobs, states_bytes
 
 
@@ -69,17 +78,20 @@ def run(
     recipe = recipe.model_copy(update={"model": name or str(model)})  # the recipe.yaml of the result repeats this run
     _require_new(output, recipe)
     prepared = prepare(model, recipe, device)
+    if trials_from is not None:
+        require_trials(Path(trials_from), prepared)
     for note in (*prepared.plan.notes, *size_notes(prepared.plan)):
         progress.note(note)
     tokens = _tokens(prepared, texts)
     for note in (f"calibrating on {tokens.count} tokens ({len(tokens.ids)} sequences) of {tokens.origin}", *tokens.notes):
         progress.note(note)
+    _require_space(prepared, staging, passes=trials_from is None)
     identity, earlier = _identity(prepared, tokens), None
-    if trials_from is not None:
-        earlier = read_earlier(Path(trials_from), recipe, open_jobs(prepared.plan), identity)
-        identity["trials"] = earlier.digest
-    _require_space(prepared, staging, passes=earlier is None)
     lineage = Lineage(prepared.source, prepared.plan)
+    if trials_from is not None:
+        earlier = read_earlier(Path(trials_from), prepared, identity, lineage)
+        identity["trials"] = earlier.digest
+        progress.note(f"the trials are those of {trials_from}")
     with locked(staging), _worth_keeping(staging, refused=True):
         _require_new(output, recipe)  # another process may have finished it since
         open_staging(staging, identity)
@@ -104,11 +116,11 @@ def run(
                 peak_memory_bytes=peak_memory_bytes(prepared.device),
                 recipe=recipe.resolved(),
                 identity=identity,
+                made_from=lineage.of(HEAD),
+                trials_from="" if trials_from is None else Path(trials_from).absolute().name,
             )
             report = _assemble(prepared, report, staging, max_shard_bytes)
-            if output.exists():
-                output.rmdir()  # empty, or it would have been refused
-            os.rename(staging / "whole", output)
+            publish(staging / "whole", output)
         shutil.rmtree(staging, ignore_errors=True)
     return report
 
@@ -221,13 +233,11 @@ def _identity(prepared: Prepared, tokens: data.Tokens) -> dict[str, str]:
 
 
 def _require_new(output: Path, recipe: Recipe) -> None:
-    if not output.exists():
+    if is_vacant(output):
         if not output.parent.is_dir():
             raise CompressError(f"{output.parent} does not exist; make it first")
         return
     forget_finished(staging_of(output), output)
-    if output.is_dir() and not any(output.iterdir()):
-        return
     finished = ""
     digest = identity_of(output).get("recipe")
     if digest:

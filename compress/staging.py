@@ -32,12 +32,28 @@ from compress.report import ModuleReport
 from compress.tensorfile import StoredTensor, read_header, write_file, write_whole
 
 BASES = "bases.safetensors"
+ALLOCATION = "allocation.json"  # of the checkpoint, too
 _STATE, _LOCK = "run.json", "lock"
 
 
 def staging_of(output: Path) -> Path:
     """Where the work on an output directory lies until it is complete."""
     return output.absolute().with_name(f".{output.name}.partial")
+
+
+def is_vacant(output: Path) -> bool:
+    """Whether a directory can be renamed to this place: nothing is there, or an empty directory that can be taken away."""
+    if not os.path.lexists(output):
+        return True
+    given = output.is_symlink() or os.path.ismount(output) or output == Path.cwd()
+    return output.is_dir() and not given and not any(output.iterdir())
+
+
+def publish(whole: Path, output: Path) -> None:
+    """Rename a complete directory to its vacant place."""
+    if output.exists():  # not every system renames onto an empty directory
+        output.rmdir()
+    os.rename(whole, output)
 
 
 def block_file(index: int) -> str:

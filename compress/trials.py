@@ -47,7 +47,8 @@ _BATCH_TOKENS = 1024  # the logits of a batch and their gradients are held at on
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to store a matrix: the options that differ from its rule, bytes, relative output error and price."""
+    """One way to store a matrix: the options that differ from its rule and its ratio in any case, bytes, relative output
+    error and price."""
 
     options: dict[str, Any]
     bytes: int
@@ -76,17 +77,22 @@ def _is_open(job: Job) -> bool:
     return job.block != HEAD and len(_kinds(method, site, options)) * len(_alternatives(method, site, options)) > 1
 
 
+def _foreseen(prepared: Prepared) -> Passes:
+    """What a run will need, if its text gives all the tokens that the recipe asks for."""
+    options = prepared.recipe.calibration
+    return Passes(prepared, open_jobs(prepared.plan), options.samples * options.length)
+
+
 def trial_flops(prepared: Prepared) -> float:
     """Operations of what happens before the run: passes for sensitivities, and trials where something is open."""
-    jobs, options = open_jobs(prepared.plan), prepared.recipe.calibration
-    passes = Passes(prepared, jobs, options.samples * options.length)
+    jobs, passes = open_jobs(prepared.plan), _foreseen(prepared)
     if not passes.needed:
         return 0.0
-    through = sum(prepared.block_parameters())
-    back = sum(prepared.block_parameters()[passes.first_block :])
+    counts = prepared.block_parameters(active=True)
+    through, back = sum(counts), sum(counts[passes.first_block :])
     config = prepared.model.config.get_text_config(decoder=True)
     # once for hidden states, once more for the Gram matrices of trials, and there and back
-    total = 2.0 * passes.tokens * (through + (back if jobs and passes.watched else 0)) + 6.0 * back * passes.backward_tokens
+    total = 2.0 * passes.tokens * (through + (back if jobs else 0)) + 6.0 * back * passes.backward_tokens
     total += 6.0 * config.hidden_size * config.vocab_size * passes.backward_tokens
     # moments that count tokens by their gradients, of every matrix that they price
     total += 1.2 * passes.backward_tokens * sum(job.spec["in_features"] ** 2 for job in jobs if job.name in passes.priced)
@@ -109,8 +115,7 @@ def trial_flops(prepared: Prepared) -> float:
 def states_bytes(prepared: Prepared) -> int:
     """Bytes on disk of the hidden states that the way back needs, at most."""
     options, plan = prepared.recipe.calibration, prepared.plan
-    places = options.samples * options.length
-    passes = Passes(prepared, open_jobs(plan), places)
+    places, passes = options.samples * options.length, _foreseen(prepared)
     if not passes.watched:
         return 0
     width = prepared.model.config.get_text_config(decoder=True).hidden_size
@@ -120,11 +125,10 @@ def states_bytes(prepared: Prepared) -> int:
 
 def logits_bytes(prepared: Prepared) -> int:
     """Bytes in memory of a batch's logits on the way back: as they come, in fp32, their distribution, their gradient."""
-    options = prepared.recipe.calibration
-    if not Passes(prepared, open_jobs(prepared.plan), options.samples * options.length).watched:
+    if not _foreseen(prepared).watched:
         return 0
     vocabulary = prepared.model.config.get_text_config(decoder=True).vocab_size
-    return 4 * 4 * max(_BATCH_TOKENS, options.length) * vocabulary
+    return 4 * 4 * max(_BATCH_TOKENS, prepared.recipe.calibration.length) * vocabulary
 
 
 def _one_of(method: ModuleType, options: methods.MethodConfig, neurons: int) -> int:
@@ -164,7 +168,7 @@ def run_trials(prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging
     for index, gradients in walk:
         here = [job for job in jobs if job.block == index]
         minded: dict[str, Sensitivity] = {}
-        if passes.share and prepared.recipe.refine.epochs:
+        if passes.share and prepared.recipe.refine.epochs and index in prepared.plan.by_block:
             count = of_block(gradients, [mask for _, mask in runner.batches])
             if count is not None:
                 trials.tokens[f"{prepared.plan.blocks_name}.{index}"] = 1 - passes.share + passes.share * count

@@ -5,23 +5,27 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import compress
 from compress import trials
-from compress.blockwise import Silent, start_runner
+from compress.blockwise import Silent, compress_blocks, start_runner
 from compress.calibrate.blocks import BlockRunner
 from compress.calibrate.sensitivity import StoredStates, output_gradients, through_block
 from compress.errors import CompressError
+from compress.forecast import predicted_memory_bytes
 from compress.knapsack import choose
 from compress.layers import compressed_matrices, dense_bytes, packed_bytes
 from compress.linalg import SecondMoment
 from compress.methods import Site, cospadi
-from compress.model import materialise, materialise_head
+from compress.model import build_skeleton, materialise, materialise_head
 from compress.plan import Job
 from compress.prepare import prepare
 from compress.recipe import Recipe
@@ -199,6 +203,24 @@ def test_weights_of_tokens_reach_a_rotated_model(tmp_path: Path) -> None:
     assert files[0] != files[1]
 
 
+def test_what_lies_behind_the_blocks_is_dropped_on_the_way_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head and an embedding of its own are as large as many blocks."""
+    prepared = prepare(save_tiny(tmp_path / "tiny", tie_word_embeddings=False), Recipe.from_dict(tiny_recipe()), "cpu")
+    models, seen = [], []
+    monkeypatch.setattr(trials, "build_skeleton", lambda path: models.append(build_skeleton(path)) or models[-1])
+
+    def watched(*arguments: object) -> dict:
+        head, embedding = models[0].get_output_embeddings().weight, models[0].get_input_embeddings().weight
+        seen.append(head.is_meta and embedding.is_meta and not models[0].model.norm.weight.is_meta)
+        return through_block(*arguments)
+
+    monkeypatch.setattr(trials, "through_block", watched)
+    calibration = prepared.recipe.calibration.model_copy(update={"token_weighting": 0.5})
+    prepared = replace(prepared, recipe=prepared.recipe.model_copy(update={"calibration": calibration}))
+    trials.run_trials(prepared, [], _tokens(prepared, None), tmp_path, Silent())
+    assert seen == [True] * 3
+
+
 def test_padding_has_no_weight(tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "tiny")
     calibration = {"samples": 6, "length": 100, "layout": "documents", "token_weighting": 1.0}
@@ -283,7 +305,16 @@ def test_the_dry_runs_time_counts_the_trials(tiny: Path) -> None:
         recipe["calibration"]["token_weighting"] = 0.5 if name == "weighted" else 0
         prepared = prepare(tiny, Recipe.from_dict(recipe))
         flops[name], disk[name] = trial_flops(prepared), trials.states_bytes(prepared)
-        assert (trials.logits_bytes(prepared) > 0) == (disk[name] > 0)
+        logits = 16 * 1024 * prepared.model.config.vocab_size if disk[name] else 0
+        assert trials.logits_bytes(prepared) == logits
+        assert predicted_memory_bytes(prepared) > (700 << 20) + logits
+        counts = prepared.block_parameters()
+        blocks = prepared.model.get_submodule(prepared.plan.blocks_name)
+        assert counts == [sum(p.numel() for p in block.parameters()) for block in blocks]
+        if name == "weighted":  # a matrix of the first block alone: the passes are those of all
+            recipe["weights"]["targets"] = ["*.0.mlp.down_proj"]
+            one = trial_flops(prepare(tiny, Recipe.from_dict(recipe)))
+            assert flops[name] == one > 8 * 64 * sum(counts) * (2 + 6)
     assert flops["given"] == 0 < flops["tried"] < flops["searched"] and flops["weighted"] > 0 < flops["fisher"]
     blocks, width = prepared.plan.num_blocks, prepared.model.config.hidden_size
     whole = 8 * 64 * width * 4 * blocks
@@ -320,14 +351,32 @@ def test_trials_serve_another_size(
     recipe = Recipe.from_dict({**tiny_recipe(), "weights": weights})
     run(tiny, recipe, tmp_path / "first")
     monkeypatch.setattr("compress.allocation.run_trials", lambda *_: pytest.fail("searched again"))
-    other = Recipe.from_dict({**tiny_recipe(), "weights": weights | {"ratio": options["ratio"] - 0.1}})
+    other = Recipe.from_dict({**tiny_recipe(), "weights": weights | {"target_bits": 16 * (1.1 - options["ratio"])}})
+    monkeypatch.setattr("compress.run.compress_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, other, tmp_path / "second", trials_from=tmp_path / "first")
+    monkeypatch.setattr("compress.run.compress_blocks", compress_blocks)
     run(tiny, other, tmp_path / "second", trials_from=tmp_path / "first")
+    assert "the run, with the trials of first in place of its own" in (tmp_path / "second" / "README.md").read_text()
     packed, dense = total_bytes(tmp_path / "second")
     first, _ = total_bytes(tmp_path / "first")
     assert first < packed <= round((1.1 - options["ratio"]) * dense)
-    run(tiny, recipe, tmp_path / "third", trials_from=tmp_path / "second")
+    run(tiny, recipe, tmp_path / "third", trials_from=tmp_path / "first")
     for file in ("model.safetensors", "allocation.json"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "third" / file).read_bytes()
+
+
+def test_trials_of_another_size_keep_the_floor(tiny: Path, tmp_path: Path) -> None:
+    """No matrix gets less than half of what it would have if all had the same."""
+    searched = {"dictionary": "identity", "allocation": "search"}
+    run(tiny, Recipe.from_dict(tiny_recipe(**searched, ratio=0.5)), tmp_path / "half")
+    run(tiny, Recipe.from_dict(tiny_recipe(**searched, ratio=0.05)), tmp_path / "most", trials_from=tmp_path / "half")
+    first, second = (json.loads((tmp_path / name / "allocation.json").read_text()) for name in ("half", "most"))
+    kept = [1 - candidate["options"]["ratio"] for entry in second.values() for candidate in entry["candidates"]]
+    assert min(kept) >= 0.475 and all(len(second[name]["candidates"]) < len(first[name]["candidates"]) for name in first)
+    far = Recipe.from_dict(tiny_recipe(**searched, ratio=0.8))
+    with pytest.raises(CompressError, match=r"finds no room: .*; search again without --trials-from"):
+        run(tiny, far, tmp_path / "far", trials_from=tmp_path / "half")
 
 
 def test_trials_of_something_else_are_refused(tiny: Path, tmp_path: Path) -> None:
@@ -345,6 +394,11 @@ def test_trials_of_something_else_are_refused(tiny: Path, tmp_path: Path) -> Non
 
     refused("tiny holds no trials; give --trials-from a checkpoint made by a search", trials="tiny", **searched)
     refused("another model;", save_tiny(tmp_path / "other", "qwen2"), **searched)
+    edited = shutil.copytree(tiny, tmp_path / "edited")
+    tensors = load_file(edited / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][-1, -1] += 1
+    save_file(tensors, edited / "model.safetensors", {"format": "pt"})
+    refused("another model;", edited, **searched)
     refused("another weights rule;", **searched, balance="2:4")
     refused("another calibration tokens;", calibration={"samples": 2}, **searched)
     refused("no gradients; leave out token_weighting", calibration={"token_weighting": 0.5}, **searched)
@@ -352,7 +406,9 @@ def test_trials_of_something_else_are_refused(tiny: Path, tmp_path: Path) -> Non
     refused("needs allocation: search", dictionary="identity")
     file = tmp_path / "first" / "allocation.json"
     file.write_text(file.read_text().replace('"ratio"', '"rate"'))
-    refused("allocation.json is damaged .candidates without a size.; search again", **searched)
+    refused("allocation.json is damaged; search again", **searched)
+    (tmp_path / "first" / "report.json").unlink()
+    refused("has lost its report.json", **searched)
 
 
 def test_trials_of_another_run_do_not_continue_this_one(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

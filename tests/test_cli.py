@@ -43,6 +43,10 @@ def test_the_main_job(tiny_llama: Path, recipe_file: Path, tmp_path: Path) -> No
     assert dry.returncode == 0 and "3 x q_proj" in dry.stdout and "memory, about" in dry.stdout
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()  # an empty directory will do
+    (tmp_path / "link").symlink_to("out")
+    refused = compress("model", tiny_llama, "--recipe", recipe_file, "-o", tmp_path / "link")
+    expect_failure(refused, "link already exists; choose another -o")
+    (tmp_path / "link").unlink()
     done = compress("model", tiny_llama, "--recipe", recipe_file, "-o", tmp_path / "out", "--set", "weights.ratio=0.3")
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "a pipe gets no progress bar, and nothing went wrong"
@@ -70,6 +74,7 @@ def test_the_main_job(tiny_llama: Path, recipe_file: Path, tmp_path: Path) -> No
     assert figures["difference"]["quality"]["perplexity_stderr"] > 0
     assert figures["protocol"]["column"] == "text" and figures["environment"]["versions"]["transformers"]
 
+    (tmp_path / "dense").mkdir()
     exported = compress("export", tmp_path / "out", "-o", tmp_path / "dense")
     assert exported.returncode == 0 and (tmp_path / "dense" / "model.safetensors").is_file()
 
@@ -123,6 +128,8 @@ MISTAKES = {
     "device": (["--device", "qpu"], "unknown device"),
     "targets": (["--set", "weights.targets=5"], "targets: expected a pattern"),
     "method": (["--set", "weights.method=5"], "unknown method 5"),
+    "trials": (["--trials-from", "nowhere"], "nowhere does not exist; give --trials-from a checkpoint made by a search"),
+    "trials of a dry run": (["--trials-from", "nowhere", "--dry-run"], "nowhere does not exist; give --trials-from"),
     "seed": (["--set", "calibration.seed=100000000000000000000000"], "calibration.seed: .* less than or equal to"),
 }
 

@@ -39,11 +39,14 @@ def test_first_rule_wins_and_none_keeps() -> None:
 
 WRONG = {
     "unknown method": ({"weights": {"method": "cospadii"}}, "did you mean 'cospadi'"),
-    "unknown option": ({"weights": {"method": "cospadi", "ratoi": 0.2}}, "unknown key 'ratoi'; did you mean 'ratio'"),
+    "unknown option": (
+        {"weights": {"method": "cospadi", "ratoi": 0.2}},
+        "recipe: weights: unknown key 'ratoi'; did you mean 'ratio'",
+    ),
     "unknown section": ({"wieghts": {}, "weights": {"method": "cospadi"}}, "unknown key 'wieghts'; did you mean 'weights'"),
     "nested key": (
         {"calibration": {"sample": 1}, "weights": {"method": "cospadi"}},
-        "calibration: unknown key 'sample'; did you mean 'samples'",
+        "recipe: calibration: unknown key 'sample'; did you mean 'samples'",
     ),
     "ratio": ({"weights": {"method": "cospadi", "ratio": 1.5}}, r"weights\.ratio: .*less than 1, got 1\.5"),
     "no weights": ({}, "weights"),

@@ -12,7 +12,7 @@ from compress.kernels.hadamard import hadamard
 from compress.model import materialise
 from compress.prepare import prepare
 from compress.recipe import Recipe
-from compress.refine import _in_place_of_linears, refine_block
+from compress.refine import Refined, _in_place_of_linears, refine_block
 from compress.run import _tokens, run
 from compress.tensorfile import read_header
 
@@ -105,6 +105,21 @@ def test_weights_decide_which_tokens_are_served(tmp_path):
     assert torch.equal(errors["none"], errors["alike"])
     assert float((errors["early"] * early).sum()) < 0.99 * float((errors["late"] * early).sum())
     assert float((errors["late"] * (2 - early)).sum()) < 0.99 * float((errors["early"] * (2 - early)).sum())
+
+
+def test_a_recipe_that_weighs_tokens_weighs_them_here_too(tmp_path, monkeypatch):
+    data = refined(FORMS["integers"], epochs=1).resolved()
+    data["calibration"]["token_weighting"] = 0.7
+    data["weights"]["targets"] = ["*.0.*", "*.2.mlp.*"]
+    told = []
+
+    def refuses(runner, index, layers, options, seed, weights):
+        told.append((index, weights.shape, float(weights.mean()), float(weights.std()) > 0.1))
+        return Refined(1.0, 1.0, False)
+
+    monkeypatch.setattr("compress.blockwise.refine_block", refuses)
+    run(save_tiny(tmp_path / "m"), Recipe.from_dict(data), tmp_path / "o")
+    assert told == [(index, (8, 64), pytest.approx(1), True) for index in (0, 2)]
 
 
 def test_same_bytes_after_an_interruption(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ from compress.methods import MethodConfig
 
 # what a matrix may keep, relative to what it would keep if all kept the same: half at the least, or a search drives whole
 # matrices to zero, which a sum of errors does not see (Swift-SVD)
-_SHARES = (0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
+LEAST_SHARE = 0.5
+_SHARES = (LEAST_SHARE, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 
 
 class BudgetConfig(MethodConfig):
