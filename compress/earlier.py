@@ -61,6 +61,8 @@ def read_earlier(checkpoint: Path, prepared: Prepared, identity: dict[str, str],
         CompressError: they are damaged, or of another model or recipe, or all too small.
     """
     report, file = read_report(checkpoint), checkpoint / ALLOCATION
+    if not report.made_from:  # the report is lost, or from before it was recorded
+        raise CompressError(f"{checkpoint} does not say what its trials were made for; search again without --trials-from")
     changed = [key for key in _SAME if report.identity.get(key) != identity[key]]
     if report.made_from != lineage.of(HEAD) and "model" not in changed:
         changed.append("model")
@@ -68,8 +70,6 @@ def read_earlier(checkpoint: Path, prepared: Prepared, identity: dict[str, str],
         changed.append("weights rule")
     if report.recipe.get("calibration", {}).get("token_weighting"):
         changed.append("token_weighting")
-    if not report.identity:
-        raise CompressError(f"{checkpoint} has lost its report.json, which says what its trials were made for; search again")
     if changed:
         raise CompressError(f"the trials of {checkpoint} had another {' and '.join(changed)}; only the size may differ")
     record, candidates = read_json(file), {}

@@ -408,7 +408,7 @@ def test_trials_of_something_else_are_refused(tiny: Path, tmp_path: Path) -> Non
     file.write_text(file.read_text().replace('"ratio"', '"rate"'))
     refused("allocation.json is damaged; search again", **searched)
     (tmp_path / "first" / "report.json").unlink()
-    refused("has lost its report.json", **searched)
+    refused("does not say what its trials were made for; search again", **searched)
 
 
 def test_trials_of_another_run_do_not_continue_this_one(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
