@@ -143,7 +143,12 @@ def of_block(gradients: list[Tensor], masks: list[Tensor | None]) -> Tensor | No
     pairs = list(zip(gradients, masks, strict=True))
     whole = torch.cat([_counted(gradient, mask).float().square().sum(dim=-1) for gradient, mask in pairs])
     tokens = sum(gradient.shape[:-1].numel() if mask is None else int(mask.sum()) for gradient, mask in pairs)
-    return whole * (tokens / whole.double().sum()).float() if whole.any() else None
+    return _one_in_the_mean(whole, tokens) if whole.any() else None
+
+
+def _one_in_the_mean(of_tokens: Tensor, tokens: int) -> Tensor:
+    """Scaled to a mean of one over the `tokens` that count, the others being zero."""
+    return of_tokens * (tokens / of_tokens.double().sum()).float()
 
 
 def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -162,7 +167,7 @@ def _of_tokens(
         as_fed = [part.shape in (place, (place.numel(),)) for part, place in zip(parts, places, strict=False)]
         if len(parts) == len(places) and all(as_fed) and any(part.any() for part in parts):
             whole = torch.cat([part.view(place) for part, place in zip(parts, places, strict=True)])
-            pooled.setdefault(leader[name], []).append(whole * (tokens / whole.double().sum()).float())
+            pooled.setdefault(leader[name], []).append(_one_in_the_mean(whole, tokens))
     return {name: torch.stack(parts).mean(dim=0) for name, parts in pooled.items()}
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from compress import methods
 from compress.layers import dense_bytes, packed_bytes
-from compress.plan import HEAD, Job, Plan
+from compress.plan import HEAD, Job, Plan, block_of
 from compress.prepare import Prepared
 from compress.report import duration, megabytes, sizes
 from compress.trials import logits_bytes, trial_flops
@@ -25,7 +25,7 @@ def predicted_memory_bytes(prepared: Prepared, *, trials: bool = True) -> int:
     around = [
         tensor.num_bytes // tensor.dtype.itemsize * item
         for name, tensor in prepared.source.tensors.items()
-        if not name.startswith(plan.blocks_name + ".")
+        if block_of(name, plan.blocks_name) == HEAD
     ]
     logits = logits_bytes(prepared) if trials else 0
     outside = sum(around) + logits if logits else max(around)

@@ -168,17 +168,17 @@ def run_trials(prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging
     for index, gradients in walk:
         here = [job for job in jobs if job.block == index]
         minded: dict[str, Sensitivity] = {}
+        counts: dict[str, Tensor | None] = {}
         if passes.share and prepared.recipe.refine.epochs and index in prepared.plan.by_block:
-            count = of_block(gradients, [mask for _, mask in runner.batches])
-            if count is not None:
-                trials.tokens[f"{prepared.plan.blocks_name}.{index}"] = 1 - passes.share + passes.share * count
+            counts[f"{prepared.plan.blocks_name}.{index}"] = of_block(gradients, [mask for _, mask in runner.batches])
         if gradients is not None:
             watched = {job.name: model.get_submodule(job.name) for job in passes.watched if job.block == index}
             minded = through_block(runner, index, gradients, watched, passes.priced & watched.keys(), judging)
             trials.outputs.update({name: one.outputs_N for name, one in minded.items() if name in passes.priced})
         if passes.share:
-            counts = {name: one.tokens_BL for name, one in minded.items() if one.tokens_BL is not None}
-            trials.tokens.update({name: 1 - passes.share + passes.share * count for name, count in counts.items()})
+            counts |= {name: one.tokens_BL for name, one in minded.items()}
+            weighed = {name: count for name, count in counts.items() if count is not None}
+            trials.tokens.update({name: 1 - passes.share + passes.share * count for name, count in weighed.items()})
         if here:
             linears = {job.name: model.get_submodule(job.name) for job in here}
             weights = {name: trials.tokens[name] * fitting for name in linears if name in trials.tokens}

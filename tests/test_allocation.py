@@ -343,9 +343,7 @@ def test_a_killed_search_resumes_with_the_same_bytes(tiny: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("options", SEARCHES.values(), ids=SEARCHES)
-def test_trials_serve_another_size(
-    options: dict, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_trials_serve_another_size(options: dict, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The total is kept without trials, and the size they were made for comes out as it was, byte by byte."""
     weights = {"method": "cospadi", "allocation": "search", **options}
     recipe = Recipe.from_dict({**tiny_recipe(), "weights": weights})
