@@ -415,6 +415,7 @@ def test_trials_of_another_run_do_not_continue_this_one(tiny: Path, tmp_path: Pa
     monkeypatch.setattr("compress.run.compress_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(tiny, recipe, tmp_path / "out", trials_from=tmp_path / "first")
+    monkeypatch.undo()
     with pytest.raises(CompressError, match="an unfinished run with another trials; repeat that command"):
         run(tiny, recipe, tmp_path / "out")
 
