@@ -47,9 +47,9 @@ class BarProgress:
     def matrix(self, module: Any) -> None:
         self.bar.update(self.task, advance=1, description=f"{module.name} error {module.error:.4f}")
 
-    def count(self, total: int) -> Callable[[], None]:
-        """A bar of windows, or a line now and then where there is no terminal; call what it returns after each."""
-        self._begin("windows", total, 0)
+    def count(self, total: int, what: str = "windows") -> Callable[[], None]:
+        """A bar, or a line at every fifth where there is no terminal; call what it returns after each."""
+        self._begin(what, total, 0)
         done = 0
 
         def one_more() -> None:
@@ -57,7 +57,7 @@ class BarProgress:
             done += 1
             self.bar.advance(self.task)
             if not err.is_terminal and done * 5 // total > (done - 1) * 5 // total:
-                err.print(f"{done} of {total} windows", highlight=False)
+                err.print(f"{done} of {total} {what}", highlight=False)
 
         return one_more
 

@@ -16,14 +16,14 @@ from typing import Any
 
 from compress.checkpoint import read_report
 from compress.errors import CompressError
+from compress.forms import open_jobs
 from compress.jsonfile import read_json
 from compress.lineage import Lineage
-from compress.methods._budget import LEAST_SHARE
 from compress.passes import minds
 from compress.plan import HEAD
 from compress.prepare import Prepared
-from compress.staging import ALLOCATION
-from compress.trials import Candidate, open_jobs
+from compress.source import ALLOCATION
+from compress.trials import Candidate
 
 _SIZES = ("ratio", "target_size", "target_bits")
 _SAME = ("model", "calibration tokens", "compute dtype", "compress version")  # of a run's identity: what decides prices
@@ -76,7 +76,7 @@ def read_earlier(checkpoint: Path, prepared: Prepared, identity: dict[str, str],
     try:
         tried = {name: record[name]["candidates"] for name in sorted(record)}
         for job in open_jobs(prepared.plan):
-            least = LEAST_SHARE * (1 - job.rule.options.ratio) - 1e-9
+            least = job.rule.options.least_kept() - 1e-9
             found = [Candidate(**candidate) for candidate in tried[job.name]]
             candidates[job.name] = [one for one in found if 1 - one.options["ratio"] >= least]
             if not candidates[job.name]:

@@ -25,7 +25,8 @@ from compress.blockwise import Progress, Silent, compress_blocks
 from compress.calibrate import data
 from compress.earlier import read_earlier, require_trials
 from compress.errors import CompressError
-from compress.forecast import size_notes
+from compress.forecast import size_notes, states_bytes
+from compress.forms import open_jobs
 from compress.lineage import Lineage, model_identity
 from compress.memory import peak_memory_bytes
 from compress.passes import STATES
@@ -34,8 +35,8 @@ from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
 from compress.report import Report
 from compress.rotation import RotatedSource
+from compress.source import ALLOCATION
 from compress.staging import (
-    ALLOCATION,
     check_staging,
     forget_finished,
     identity_of,
@@ -45,7 +46,6 @@ from compress.staging import (
     publish,
     staging_of,
 )
-from compress.trials import open_jobs, states_bytes
 
 
 def run(

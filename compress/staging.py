@@ -29,10 +29,10 @@ from compress.layers import layer_class
 from compress.lineage import Lineage
 from compress.plan import HEAD, Plan
 from compress.report import ModuleReport
+from compress.source import REPORT
 from compress.tensorfile import StoredTensor, read_header, write_file, write_whole
 
 BASES = "bases.safetensors"
-ALLOCATION = "allocation.json"  # of the checkpoint, too
 _STATE, _LOCK = "run.json", "lock"
 
 
@@ -214,7 +214,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def identity_of(output: Path) -> dict[str, Any]:
     """The identity of the run that made a finished checkpoint; empty when the directory holds none."""
-    identity = _read_json(output / "report.json").get("identity")
+    identity = _read_json(output / REPORT).get("identity")
     return identity if isinstance(identity, dict) else {}
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from compress.blockwise import Silent, compress_blocks, start_runner
 from compress.calibrate.blocks import BlockRunner
 from compress.calibrate.sensitivity import StoredStates, output_gradients, through_block
 from compress.errors import CompressError
-from compress.forecast import predicted_memory_bytes
+from compress.forecast import logits_bytes, predicted_memory_bytes, states_bytes, trial_flops
+from compress.forms import Forms, open_jobs
 from compress.knapsack import choose
 from compress.layers import compressed_matrices, dense_bytes, packed_bytes
 from compress.linalg import SecondMoment
@@ -31,7 +33,6 @@ from compress.prepare import prepare
 from compress.recipe import Recipe
 from compress.run import _tokens, run
 from compress.tensorfile import write_file
-from compress.trials import trial_flops
 from helpers import save_tiny, tiny_recipe
 
 
@@ -169,7 +170,16 @@ def test_what_is_fitted_to_does_not_judge(tiny: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(BlockRunner, "grams", watched_grams)
     monkeypatch.setattr(trials, "through_block", watched_back)
-    found = trials.run_trials(prepared, trials.open_jobs(prepared.plan), tokens, tmp_path, Silent())
+
+    class Counting(Silent):
+        def count(self, total: int, what: str) -> Callable[[], None]:
+            stages.append((total, what))
+            return lambda: steps.append(what)
+
+    stages: list[tuple[int, str]] = []
+    steps: list[str] = []
+    found = trials.run_trials(prepared, open_jobs(prepared.plan), tokens, tmp_path, Counting())
+    assert stages == [(len(steps), "matrices tried")] == [(len(found.candidates), "matrices tried")]
     assert judges == [[1]] * prepared.plan.num_blocks and len(fitted) == len(found.tokens) == len(prepared.plan.jobs)
     for weights in fitted:
         assert not weights[16:32].any() and weights[:16].all() and weights[32:].all()
@@ -304,9 +314,9 @@ def test_the_dry_runs_time_counts_the_trials(tiny: Path) -> None:
         recipe = tiny_recipe(ratio=0.3, **changes)
         recipe["calibration"]["token_weighting"] = 0.5 if name == "weighted" else 0
         prepared = prepare(tiny, Recipe.from_dict(recipe))
-        flops[name], disk[name] = trial_flops(prepared), trials.states_bytes(prepared)
+        flops[name], disk[name] = trial_flops(prepared), states_bytes(prepared)
         logits = 16 * 1024 * prepared.model.config.vocab_size if disk[name] else 0
-        assert trials.logits_bytes(prepared) == logits
+        assert logits_bytes(prepared) == logits
         assert predicted_memory_bytes(prepared) > (700 << 20) + logits
         counts = prepared.block_parameters()
         blocks = prepared.model.get_submodule(prepared.plan.blocks_name)
@@ -543,7 +553,7 @@ def test_forms_are_judged_by_name_and_shape() -> None:
         Job(f"layers.0.{name}.up_proj", 0, {"in_features": 64, "out_features": outputs}, rule)
         for name, outputs in (("shared", 128), ("expert", 32))
     )
-    forms = trials._Forms()
+    forms = Forms()
     for _ in range(10):
         forms.note(wide, 1)
     assert forms.worth_it(wide, 3) == [1] and forms.worth_it(narrow, 1) == [0]

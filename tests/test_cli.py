@@ -17,10 +17,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compress.console import BarProgress
 from compress.version import __version__
 from helpers import save_tiny, task_files, tiny_recipe
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "COLUMNS": "160"}
+
+
+def test_a_pipe_hears_every_fifth(capsys: pytest.CaptureFixture) -> None:
+    """Of two stages, one after the other, whose steps are no multiple of five."""
+    with BarProgress() as progress:
+        for total, what in ((12, "matrices tried"), (3, "windows")):
+            step = progress.count(total, what)
+            for _ in range(total):
+                step()
+    lines = [f"{done} of 12 matrices tried" for done in (3, 5, 8, 10, 12)] + [f"{done} of 3 windows" for done in (1, 2, 3)]
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 def command(*arguments: object) -> list[str]:
