@@ -10,9 +10,9 @@ from rich.table import Table
 
 from compress import methods
 from compress.errors import CompressError
-from compress.forms import Forms, is_open, kinds_of, one_of, open_jobs, sizes_of
-from compress.layers import dense_bytes, packed_bytes
-from compress.passes import BATCH_TOKENS, Passes
+from compress.forms import Forms, is_open, kinds_of, one_of, open_jobs, planned_bytes, sizes_of
+from compress.layers import dense_bytes
+from compress.passes import BATCH_TOKENS, Passes, minds
 from compress.plan import HEAD, Job, Plan, block_of, job_spec
 from compress.prepare import Prepared
 from compress.report import duration, megabytes, sizes
@@ -152,14 +152,16 @@ def forecast_table(prepared: Prepared, *, trials: bool = True) -> Table:
             f"{len(jobs)} x {leaf}",
             f"{spec['in_features']} -> {spec['out_features']}",
             spec["format"],
-            sizes(spec),
+            "found by the search" if minds(jobs[0], "allocation", "search") else sizes(spec),
             megabytes(sum(dense_bytes(job.spec) for job in jobs)),
-            megabytes(sum(packed_bytes(job.spec) for job in jobs)),
-            end_section=False,
+            megabytes(sum(planned_bytes(job) for job in jobs)),
         )
-    ratio = 1 - plan.packed_bytes / plan.dense_bytes
+    packed = sum(map(planned_bytes, plan.jobs))
+    fewer = f"{100 * (1 - packed / plan.dense_bytes):.1f} % fewer"
     table.add_section()
-    table.add_row("total", "", "", f"{100 * ratio:.1f} % fewer", megabytes(plan.dense_bytes), megabytes(plan.packed_bytes))
+    table.add_row("total", "", "", fewer, megabytes(plan.dense_bytes), megabytes(packed))
+    whole = prepared.source.stored_bytes
+    table.add_row("whole checkpoint", "", "", "", megabytes(whole), megabytes(whole - prepared.replaced_bytes + packed))
     table.add_row("memory, about", "", "", "", "", megabytes(predicted_memory_bytes(prepared, trials=trials)))
     table.add_row("time here, about", "", "", "", "", duration(predicted_seconds(prepared, trials=trials)))
     for note in plan.notes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from compress import methods
+from compress.layers import dense_bytes, packed_bytes
 from compress.passes import minds
 from compress.plan import HEAD, Job, Plan
 
@@ -45,6 +46,12 @@ def one_of(method: ModuleType, options: methods.MethodConfig, neurons: int) -> i
 
 def _site(job: Job) -> methods.Site:
     return methods.Site(job.spec["in_features"], job.spec["out_features"])
+
+
+def planned_bytes(job: Job) -> float:
+    """Bytes of a matrix as planned; where a search spreads them, its share."""
+    searched = minds(job, "allocation", "search")
+    return (1 - job.rule.options.ratio) * dense_bytes(job.spec) if searched else packed_bytes(job.spec)
 
 
 class Forms:

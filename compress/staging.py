@@ -5,6 +5,7 @@
     block-*.json          its figures, and the hash of the weights it was made from (`compress.lineage`)
     bases.*               the same two for the bases of a rotation or a KV cache, which depend on all blocks
     allocation.json       how every matrix is stored, and sensitivity.safetensors, what the output minds of it
+    tried-*.json          the candidates of a block's matrices, until all have been tried
     states/               hidden states on their way through a backward pass
     lock                  held by the process that works here
 
@@ -33,6 +34,7 @@ from compress.source import REPORT
 from compress.tensorfile import StoredTensor, read_header, write_file, write_whole
 
 BASES = "bases.safetensors"
+TRIED = "tried-*.json"
 _STATE, _LOCK = "run.json", "lock"
 
 

@@ -12,13 +12,16 @@ Two things keep trials short. Where every neuron is solved for itself (unit vect
 the order of their sensitivities. And a form of dictionary that was the best for none of the first few matrices of a
 name is not tried on the others of that name.
 
-Cost: one pass of the block loop, a backward one where gradients are needed (`compress.passes`), and the trials.
+Cost: one pass of the block loop, a backward one where gradients are needed (`compress.passes`), and the trials, most of it.
+What was tried of a block is kept: a run that was cut off repeats the passes alone.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,8 +33,10 @@ from compress import methods
 from compress.blockwise import Progress, filled_layer, second_moment, start_runner
 from compress.calibrate import data
 from compress.calibrate.sensitivity import Sensitivity, of_block, through_block
+from compress.calibrate.statistics import Gram
 from compress.errors import CompressError
 from compress.forms import Forms, kinds_of, one_of, sizes_of
+from compress.jsonfile import read_json, write_json
 from compress.layers import Spec, packed_bytes
 from compress.linalg import SecondMoment, relative
 from compress.memory import give_back_freed_memory
@@ -39,6 +44,7 @@ from compress.model import build_skeleton
 from compress.passes import BATCH_TOKENS, STATES, Passes, backwards, forwards
 from compress.plan import Job, job_spec
 from compress.prepare import Prepared
+from compress.staging import TRIED
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,12 @@ def run_trials(prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging
         judging = range(1, len(runner.batches), 2)
         fitted = torch.cat([torch.full((len(ids), 1), n not in judging) for n, (ids, _) in enumerate(runner.batches)])
         fitting = fitted / fitted.float().mean()
+    if done := len(list(staging.glob(TRIED))):
+        progress.note(f"resuming: the matrices of {done} of {prepared.plan.num_blocks} blocks are tried")
     walk = backwards(prepared, runner, passes, staging / STATES) if passes.watched else forwards(prepared, runner)
     for index, gradients in walk:
         here = [job for job in jobs if job.block == index]
+        file = staging / TRIED.replace("*", f"{index:05d}")
         minded: dict[str, Sensitivity] = {}
         counts: dict[str, Tensor | None] = {}
         if passes.share and prepared.recipe.refine.epochs and index in prepared.plan.by_block:
@@ -97,25 +106,65 @@ def run_trials(prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging
             counts |= {name: one.tokens_BL for name, one in minded.items()}
             weighed = {name: count for name, count in counts.items() if count is not None}
             trials.tokens.update({name: 1 - passes.share + passes.share * count for name, count in weighed.items()})
-        if here:
-            linears = {job.name: model.get_submodule(job.name) for job in here}
-            weights = {name: trials.tokens[name] * fitting for name in linears if name in trials.tokens}
-            grams = runner.grams(index, linears, keep=False, weights=weights)
-        moments: dict[int, SecondMoment] = {}
-        for job in here:
-            moments.setdefault(id(grams[job.name]), second_moment(grams[job.name]))
-            inputs = judge = moments[id(grams[job.name])].for_outputs(trials.outputs.get(job.name))
-            if job.name in minded and minded[job.name].inputs_II is not None:
-                judge = SecondMoment(minded[job.name].inputs_II)
-            trials.candidates[job.name] = _tried(prepared, job, inputs, judge, forms)
+        found = _kept(file, here)
+        for job in here if found else ():
+            forms.note(job, found[job.name][0])
             advance()
+        if here and not found:
+            weights = {job.name: trials.tokens[job.name] * fitting for job in here if job.name in trials.tokens}
+            linears = {job.name: model.get_submodule(job.name) for job in here}
+            grams = runner.grams(index, linears, keep=False, weights=weights)
+            found = _try_block(prepared, here, grams, trials.outputs, minded, forms, advance)
+            record = {name: {"form": form, "candidates": [asdict(c) for c in of]} for name, (form, of) in found.items()}
+            write_json(file, record)
+        trials.candidates.update({name: candidates for name, (_, candidates) in found.items()})
         give_back_freed_memory()
     return trials
 
 
-def _tried(prepared: Prepared, job: Job, inputs: SecondMoment, judge: SecondMoment, forms: Forms) -> list[Candidate]:
-    """What the alternatives of a matrix, fitted to its inputs, cost by the moments of a judge: all sizes of the form that is
-    best at the size it would have by itself."""
+def _kept(file: Path, jobs: list[Job]) -> dict[str, tuple[int, list[Candidate]]]:
+    """Form and candidates of a block's matrices, as a run that was cut off has left them; nothing where it did not come to
+    them, or the file is damaged."""
+    if not file.exists():
+        return {}
+    with suppress(CompressError, KeyError, TypeError, AttributeError):
+        record = read_json(file)
+        return {
+            job.name: (record[job.name]["form"], [Candidate(**one) for one in record[job.name]["candidates"]])
+            for job in jobs
+        }
+    return {}
+
+
+def _try_block(
+    prepared: Prepared,
+    jobs: list[Job],
+    grams: dict[str, Gram],
+    outputs: dict[str, Tensor],
+    minded: dict[str, Sensitivity],
+    forms: Forms,
+    advance: Callable[[], None],
+) -> dict[str, tuple[int, list[Candidate]]]:
+    """Form and candidates of a block's matrices, fitted to `grams` and priced by the sensitivities of their `outputs` and,
+    where there are any, by the moments of what is `minded`."""
+    moments: dict[int, SecondMoment] = {}
+    found = {}
+    for job in jobs:
+        moments.setdefault(id(grams[job.name]), second_moment(grams[job.name]))
+        inputs = judge = moments[id(grams[job.name])].for_outputs(outputs.get(job.name))
+        if job.name in minded and minded[job.name].inputs_II is not None:
+            judge = SecondMoment(minded[job.name].inputs_II)
+        found[job.name] = _tried(prepared, job, inputs, judge, forms)
+        forms.note(job, found[job.name][0])
+        advance()
+    return found
+
+
+def _tried(
+    prepared: Prepared, job: Job, inputs: SecondMoment, judge: SecondMoment, forms: Forms
+) -> tuple[int, list[Candidate]]:
+    """What the alternatives of a matrix, fitted to its inputs, cost by the moments of a judge: which form is the best at the
+    size it would have by itself, and all sizes of it."""
     method, whole = methods.load(job.rule.method), job.rule.options
     weight = prepared.source.read(f"{job.name}.weight").to(prepared.device, torch.float32)
     before = whole.model_dump()
@@ -147,7 +196,6 @@ def _tried(prepared: Prepared, job: Job, inputs: SecondMoment, judge: SecondMome
     if len(worth_it) > 1:
         prices = {index: tried.price for index in worth_it if (tried := trial(kinds[index])) is not None}
         best = min(prices, key=prices.__getitem__, default=best)
-    forms.note(job, best)
     sizes = sizes_of(job, kinds[best])
     if len(sizes) > 1:
         found.clear()  # the other forms lost
@@ -155,7 +203,7 @@ def _tried(prepared: Prepared, job: Job, inputs: SecondMoment, judge: SecondMome
         trial(options)
     if not found:
         raise CompressError(f"{job.name}: nothing fits its budget; lower the ratio, or leave it out with `method: none`")
-    return list(found.values())
+    return best, list(found.values())
 
 
 def _priced(
