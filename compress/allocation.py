@@ -18,15 +18,16 @@ from compress.blockwise import Progress
 from compress.calibrate import data
 from compress.earlier import Earlier
 from compress.errors import CompressError
+from compress.forms import open_jobs
 from compress.jsonfile import read_json
 from compress.knapsack import choose
 from compress.layers import dense_bytes
 from compress.passes import Passes
 from compress.plan import Job, Plan, job_spec
 from compress.prepare import Prepared
-from compress.staging import ALLOCATION
+from compress.source import ALLOCATION
 from compress.tensorfile import read_header, write_file, write_whole
-from compress.trials import Candidate, Trials, open_jobs, run_trials
+from compress.trials import Candidate, Trials, run_trials
 
 SENSITIVITY = "sensitivity.safetensors"
 

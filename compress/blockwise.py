@@ -7,7 +7,7 @@ the rest follows with the same bytes. Memory: one block, its statistics, and the
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -37,9 +37,11 @@ _BATCH_TOKENS = 4096  # tokens fed at once: enough to keep matrix products busy,
 
 
 class Progress(Protocol):
-    """What a run tells whoever watches; every method may do nothing."""
+    """What a run tells whoever watches; every method may do nothing. `count` begins a stage of so many steps and returns
+    what is called after each."""
 
     def note(self, text: str) -> None: ...
+    def count(self, total: int, what: str) -> Callable[[], None]: ...
     def start(self, matrices: int, done: int) -> None: ...
     def matrix(self, module: ModuleReport) -> None: ...
 
@@ -49,6 +51,9 @@ class Silent:
 
     def note(self, text: str) -> None:
         pass
+
+    def count(self, total: int, what: str) -> Callable[[], None]:
+        return lambda: None
 
     def start(self, matrices: int, done: int) -> None:
         pass

@@ -30,7 +30,7 @@ from compress.model import read_config
 from compress.plan import Plan
 from compress.recipe import Recipe
 from compress.report import Report
-from compress.source import Source, open_source
+from compress.source import RECIPE, REPORT, Source, open_source
 from compress.tensorfile import StoredTensor, read_header, write_file, write_whole
 from compress.verify import FORMAT_VERSION, module_specs, require_shapes
 from compress.version import __version__
@@ -70,8 +70,8 @@ def assemble(
     for path in source.side_files():
         shutil.copyfile(path, output / path.name)
     write_json(output / "config.json", config)
-    write_json(output / "report.json", report.to_dict())
-    write_whole(output / "recipe.yaml", [recipe.to_yaml().encode()])
+    write_json(output / REPORT, report.to_dict())
+    write_whole(output / RECIPE, [recipe.to_yaml().encode()])
     write_whole(output / "README.md", [card(report).encode()])
     return report
 
@@ -123,7 +123,7 @@ def read_report(path: str | Path) -> Report:
         CompressError: not a compressed checkpoint, or a damaged one.
     """
     source = open_source(path)
-    specs, file = module_specs(source.config), source.path / "report.json"
+    specs, file = module_specs(source.config), source.path / REPORT
     if file.is_file():
         try:
             return Report.from_dict(read_json(file))

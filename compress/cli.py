@@ -109,7 +109,7 @@ def _kept(output: Path) -> str:
     staging = staging_of(output)
     if not staging.exists():
         return "nothing was left behind"
-    return f"no output was made; finished blocks are kept in {staging}, and the same command goes on after them"
+    return f"no output was made; what is finished is kept in {staging}, and the same command goes on after it"
 
 
 @app.command()

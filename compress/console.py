@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -45,22 +46,20 @@ class BarProgress:
         self._begin("gathering statistics", matrices, done)
 
     def matrix(self, module: Any) -> None:
-        self.bar.update(self.task, advance=1, description=f"{module.name} error {module.error:.4f}")
+        self._one_more("matrices compressed", f"{module.name} error {module.error:.4f}")
 
-    def count(self, total: int) -> Callable[[], None]:
-        """A bar of windows, or a line now and then where there is no terminal; call what it returns after each."""
-        self._begin("windows", total, 0)
-        done = 0
-
-        def one_more() -> None:
-            nonlocal done
-            done += 1
-            self.bar.advance(self.task)
-            if not err.is_terminal and done * 5 // total > (done - 1) * 5 // total:
-                err.print(f"{done} of {total} windows", highlight=False)
-
-        return one_more
+    def count(self, total: int, what: str = "windows") -> Callable[[], None]:
+        """A bar, or a line at every fifth where there is no terminal; call what it returns after each."""
+        self._begin(what, total, 0)
+        return partial(self._one_more, what, what)
 
     def _begin(self, description: str, total: int, done: int) -> None:
         self.bar.start()
         self.task = self.bar.add_task(description, total=total, completed=done)
+
+    def _one_more(self, what: str, description: str) -> None:
+        self.bar.update(self.task, advance=1, description=description)
+        task = next(task for task in self.bar.tasks if task.id == self.task)
+        done, total = int(task.completed), int(task.total)
+        if not err.is_terminal and done * 5 // total > (done - 1) * 5 // total:
+            err.print(f"{done} of {total} {what}", highlight=False)

@@ -16,17 +16,22 @@ from typing import Any
 
 from compress.checkpoint import read_report
 from compress.errors import CompressError
+from compress.forms import open_jobs
 from compress.jsonfile import read_json
 from compress.lineage import Lineage
-from compress.methods._budget import LEAST_SHARE
 from compress.passes import minds
 from compress.plan import HEAD
 from compress.prepare import Prepared
-from compress.staging import ALLOCATION
-from compress.trials import Candidate, open_jobs
+from compress.source import ALLOCATION
+from compress.trials import Candidate
 
 _SIZES = ("ratio", "target_size", "target_bits")
-_SAME = ("model", "calibration tokens", "compute dtype", "compress version")  # of a run's identity: what decides prices
+_SAME = {  # of a run's identity: what decides prices
+    "model": "another model",
+    "calibration tokens": "other calibration tokens",
+    "compute dtype": "another compute dtype",
+    "compress version": "another compress version",
+}
 
 
 @dataclass(frozen=True)
@@ -63,20 +68,19 @@ def read_earlier(checkpoint: Path, prepared: Prepared, identity: dict[str, str],
     report, file = read_report(checkpoint), checkpoint / ALLOCATION
     if not report.made_from:  # the report is lost, or from before it was recorded
         raise CompressError(f"{checkpoint} does not say what its trials were made for; search again without --trials-from")
-    changed = [key for key in _SAME if report.identity.get(key) != identity[key]]
-    if report.made_from != lineage.of(HEAD) and "model" not in changed:
-        changed.append("model")
-    if _without_sizes(report.recipe.get("weights")) != _without_sizes(prepared.recipe.resolved()["weights"]):
-        changed.append("weights rule")
-    if report.recipe.get("calibration", {}).get("token_weighting"):
-        changed.append("token_weighting")
-    if changed:
-        raise CompressError(f"the trials of {checkpoint} had another {' and '.join(changed)}; only the size may differ")
+    had = [words for key, words in _SAME.items() if report.identity.get(key) != identity[key]]
+    if report.made_from != lineage.of(HEAD) and _SAME["model"] not in had:
+        had.append(_SAME["model"])
+    had += _changed_options(report.recipe.get("weights"), prepared.recipe.resolved()["weights"])
+    if share := report.recipe.get("calibration", {}).get("token_weighting"):
+        had.append(f"token_weighting {share}")
+    if had:
+        raise CompressError(f"the trials of {checkpoint} had {', '.join(had)}; give all but the size as it was there")
     record, candidates = read_json(file), {}
     try:
         tried = {name: record[name]["candidates"] for name in sorted(record)}
         for job in open_jobs(prepared.plan):
-            least = LEAST_SHARE * (1 - job.rule.options.ratio) - 1e-9
+            least = job.rule.options.least_kept() - 1e-9
             found = [Candidate(**candidate) for candidate in tried[job.name]]
             candidates[job.name] = [one for one in found if 1 - one.options["ratio"] >= least]
             if not candidates[job.name]:
@@ -86,6 +90,14 @@ def read_earlier(checkpoint: Path, prepared: Prepared, identity: dict[str, str],
     return Earlier(candidates, hashlib.sha256(json.dumps(tried, sort_keys=True).encode()).hexdigest())
 
 
-def _without_sizes(weights: Any) -> list[dict[str, Any]]:
-    rules = weights if isinstance(weights, list) else [weights or {}]
-    return [{key: value for key, value in rule.items() if key not in _SIZES} for rule in rules]
+def _changed_options(there: Any, here: Any) -> list[str]:
+    """In words, the options of earlier weight rules that are no sizes and differ now."""
+    theirs, ours = ([side or {}] if not isinstance(side, list) else side for side in (there, here))
+    if len(theirs) != len(ours):
+        return [f"{len(theirs)} weight rules"]
+    return [
+        f"{key} {old.get(key)} (here {new.get(key)})"
+        for old, new in zip(theirs, ours, strict=True)
+        for key in sorted({*old, *new})
+        if key not in _SIZES and old.get(key) != new.get(key)
+    ]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 import torch
 from rich.table import Table
 
 from compress import methods
-from compress.layers import dense_bytes, packed_bytes
-from compress.plan import HEAD, Job, Plan, block_of
+from compress.errors import CompressError
+from compress.forms import Forms, is_open, kinds_of, one_of, open_jobs, planned_bytes, sizes_of
+from compress.layers import dense_bytes
+from compress.passes import BATCH_TOKENS, Passes, minds
+from compress.plan import HEAD, Job, Plan, block_of, job_spec
 from compress.prepare import Prepared
 from compress.report import duration, megabytes, sizes
-from compress.trials import logits_bytes, trial_flops
 
 
 def predicted_memory_bytes(prepared: Prepared, *, trials: bool = True) -> int:
@@ -58,6 +61,59 @@ def predicted_seconds(prepared: Prepared, *, trials: bool = True) -> float:
     return (calibration + solving + before) / _flops_per_second(prepared.device)
 
 
+def _foreseen(prepared: Prepared) -> Passes:
+    """What a run will need, if its text gives all the tokens that the recipe asks for."""
+    options = prepared.recipe.calibration
+    return Passes(prepared, open_jobs(prepared.plan), options.samples * options.length)
+
+
+def trial_flops(prepared: Prepared) -> float:
+    """Operations of what happens before the run: passes for sensitivities, and trials where something is open."""
+    jobs, passes = open_jobs(prepared.plan), _foreseen(prepared)
+    if not passes.needed:
+        return 0.0
+    counts = prepared.block_parameters(active=True)
+    through, back = sum(counts), sum(counts[passes.first_block :])
+    config = prepared.model.config.get_text_config(decoder=True)
+    # once for hidden states, once more for the Gram matrices of trials, and there and back
+    total = 2.0 * passes.tokens * (through + (back if jobs else 0)) + 6.0 * back * passes.backward_tokens
+    total += 6.0 * config.hidden_size * config.vocab_size * passes.backward_tokens
+    # moments that count tokens by their gradients, of every matrix that they price
+    total += 1.2 * passes.backward_tokens * sum(job.spec["in_features"] ** 2 for job in jobs if job.name in passes.priced)
+    forms = Forms()
+    for job in filter(is_open, jobs):
+        method, kinds = methods.load(job.rule.method), kinds_of(job)
+        kept = [kinds[index] for index in forms.worth_it(job, len(kinds))]
+        forms.note(job, 0)
+        inputs, outputs = job.spec["in_features"], job.spec["out_features"]
+        for tried in {*kept, *sizes_of(job, kept[0])}:
+            quick = method.quick(tried) if hasattr(method, "quick") else tried
+            neurons = outputs // one_of(method, tried, outputs)
+            with suppress(CompressError):  # what does not fit is not tried
+                spec = job_spec(prepared.model, job.name, prepared.source, job.rule.model_copy(update={"options": tried}))
+                total += method.flops(inputs, neurons, spec, quick)
+    return total
+
+
+def states_bytes(prepared: Prepared) -> int:
+    """Bytes on disk of the hidden states that the way back needs, at most."""
+    options, plan = prepared.recipe.calibration, prepared.plan
+    places, passes = options.samples * options.length, _foreseen(prepared)
+    if not passes.watched:
+        return 0
+    width = prepared.model.config.get_text_config(decoder=True).hidden_size
+    stored = passes.tokens if options.layout == "stream" else places  # padding has states, too
+    return stored * width * prepared.dtype.itemsize * (plan.num_blocks - passes.first_block)
+
+
+def logits_bytes(prepared: Prepared) -> int:
+    """Bytes in memory of a batch's logits on the way back: as they come, in fp32, their distribution, their gradient."""
+    if not _foreseen(prepared).watched:
+        return 0
+    vocabulary = prepared.model.config.get_text_config(decoder=True).vocab_size
+    return 4 * 4 * max(BATCH_TOKENS, prepared.recipe.calibration.length) * vocabulary
+
+
 def _flops_per_second(device: torch.device) -> float:
     x = torch.randn(1024, 1024, device=device)
     x @ x
@@ -96,14 +152,16 @@ def forecast_table(prepared: Prepared, *, trials: bool = True) -> Table:
             f"{len(jobs)} x {leaf}",
             f"{spec['in_features']} -> {spec['out_features']}",
             spec["format"],
-            sizes(spec),
+            "found by the search" if minds(jobs[0], "allocation", "search") else sizes(spec),
             megabytes(sum(dense_bytes(job.spec) for job in jobs)),
-            megabytes(sum(packed_bytes(job.spec) for job in jobs)),
-            end_section=False,
+            megabytes(sum(planned_bytes(job) for job in jobs)),
         )
-    ratio = 1 - plan.packed_bytes / plan.dense_bytes
+    packed = sum(map(planned_bytes, plan.jobs))
+    fewer = f"{100 * (1 - packed / plan.dense_bytes):.1f} % fewer"
     table.add_section()
-    table.add_row("total", "", "", f"{100 * ratio:.1f} % fewer", megabytes(plan.dense_bytes), megabytes(plan.packed_bytes))
+    table.add_row("total", "", "", fewer, megabytes(plan.dense_bytes), megabytes(packed))
+    whole = prepared.source.stored_bytes
+    table.add_row("whole checkpoint", "", "", "", megabytes(whole), megabytes(whole - prepared.replaced_bytes + packed))
     table.add_row("memory, about", "", "", "", "", megabytes(predicted_memory_bytes(prepared, trials=trials)))
     table.add_row("time here, about", "", "", "", "", duration(predicted_seconds(prepared, trials=trials)))
     for note in plan.notes:

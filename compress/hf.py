@@ -21,11 +21,9 @@ from compress.cache.attached import CACHE_MODULE, CachedGeneration
 from compress.jsonfile import read_json, write_json
 from compress.layers import CompressedLinear, Spec
 from compress.model import decoder_blocks
-from compress.source import read_headers
+from compress.source import RECORDS, read_headers
 from compress.tensorfile import write_whole
 from compress.verify import FORMAT_VERSION, install, module_specs, prepare_skeleton
-
-_CARRIED = ("report.json", "recipe.yaml", "allocation.json")
 
 
 class CompressQuantizationConfig(QuantizationConfigMixin):
@@ -96,7 +94,7 @@ class _Save:
 
     def __init__(self, model: nn.Module, origin: Path | None) -> None:
         self.model = model
-        files = [origin / name for name in _CARRIED] if origin else []
+        files = [origin / name for name in RECORDS] if origin else []
         self.carried = {file.name: file.read_bytes() for file in files if file.is_file()}  # `origin` may not last
 
     def __call__(self, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:

@@ -52,10 +52,6 @@ class Plan:
     def dense_bytes(self) -> int:
         return sum(dense_bytes(job.spec) for job in self.jobs)
 
-    @property
-    def packed_bytes(self) -> int:
-        return sum(packed_bytes(job.spec) for job in self.jobs)
-
 
 def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
     """Match targets and derive every storage spec.

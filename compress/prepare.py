@@ -34,6 +34,11 @@ class Prepared:
     sensitivity: Mapping[str, torch.Tensor] = field(default_factory=dict)
     token_weights: Mapping[str, StoredTensor] = field(default_factory=dict)
 
+    @property
+    def replaced_bytes(self) -> int:
+        """Bytes of the matrices to compress as the checkpoint stores them."""
+        return sum(self.source.tensors[f"{job.name}.weight"].num_bytes for job in self.plan.jobs)
+
     def block_parameters(self, *, active: bool = False) -> list[int]:
         """How many parameters each decoder block has; or how many a token meets there, which is asked of few experts."""
         config = self.model.config.get_text_config(decoder=True)

@@ -141,8 +141,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
+_SHOWN = {"format", "in_features", "out_features", "bias"}  # elsewhere in every table
+_NEUTRAL = {"activation_bits": 16, "activation_groups": 1}  # of a layer that rounds no inputs
+
+
 def sizes(spec: Spec) -> str:
-    """The format's own numbers: `K 288, s 152, K/s 1.89`, `identity, s 424 of 576, 4 bits`, `rank 230`."""
+    """The format's own numbers: `K 288, s 152, K/s 1.89`, `identity, s 424 of 576, 4 bits`, `bits 4, group_size 128`."""
     if spec["format"] == "sparse_dictionary":
         learned, nonzeros, bits = spec["num_atoms"], spec["num_nonzeros"], spec["value_bits"]
         width = f", {bits} bits" if bits < 16 else ""
@@ -150,5 +154,7 @@ def sizes(spec: Spec) -> str:
             return f"K {learned}, s {nonzeros}, K/s {learned / nonzeros:.2f}{width}"
         kind = f"identity + {learned} atoms" if learned else "identity"
         return f"{kind}, s {nonzeros} of {spec['in_features'] + learned}{width}"
-    known = {"format", "in_features", "out_features", "bias"}
-    return ", ".join(f"{key} {value}" for key, value in spec.items() if key not in known)
+    said = {key: value for key, value in spec.items() if value and value != _NEUTRAL.get(key) and key not in _SHOWN}
+    if not spec.get("high_features"):
+        said.pop("high_bits", None)
+    return ", ".join(key if value is True else f"{key} {value}" for key, value in said.items())

@@ -25,7 +25,8 @@ from compress.blockwise import Progress, Silent, compress_blocks
 from compress.calibrate import data
 from compress.earlier import read_earlier, require_trials
 from compress.errors import CompressError
-from compress.forecast import size_notes
+from compress.forecast import size_notes, states_bytes
+from compress.forms import open_jobs, planned_bytes
 from compress.lineage import Lineage, model_identity
 from compress.memory import peak_memory_bytes
 from compress.passes import STATES
@@ -34,8 +35,9 @@ from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
 from compress.report import Report
 from compress.rotation import RotatedSource
+from compress.source import ALLOCATION
 from compress.staging import (
-    ALLOCATION,
+    TRIED,
     check_staging,
     forget_finished,
     identity_of,
@@ -45,7 +47,6 @@ from compress.staging import (
     publish,
     staging_of,
 )
-from compress.trials import open_jobs, states_bytes
 
 
 def run(
@@ -127,14 +128,14 @@ def run(
 
 @contextmanager
 def _worth_keeping(staging: Path, *, refused: bool) -> Iterator[None]:
-    """On failure, keep only what a resumed run can use: finished blocks, which are hours of work on a large model, and what
-    was found before them. Where an error of ours may mean that what is there is refused, that is left as it is."""
+    """On failure, keep only what a resumed run can use: finished blocks and trials, which are hours of work on a large
+    model, and what was found by them. Where an error of ours may mean that what is there is refused, that is left."""
     try:
         yield
     except BaseException as error:
         if isinstance(error, CompressError) and refused:
             raise
-        finished = [*staging.glob("block-*.safetensors"), *staging.glob(SENSITIVITY)]
+        finished = [*staging.glob("block-*.safetensors"), *staging.glob(SENSITIVITY), *staging.glob(TRIED)]
         if isinstance(error, CompressError) or not finished:
             shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -247,10 +248,9 @@ def _require_new(output: Path, recipe: Recipe) -> None:
 
 def _require_space(prepared: Prepared, staging: Path, *, passes: bool) -> None:
     """Block files and assembled shards exist together for a moment; hidden states of passes only before them."""
-    copied = sum(tensor.num_bytes for tensor in prepared.source.tensors.values())
-    dense = sum(prepared.source.tensors[f"{job.name}.weight"].num_bytes for job in prepared.plan.jobs)
+    copied, packed = prepared.source.stored_bytes - prepared.replaced_bytes, sum(map(planned_bytes, prepared.plan.jobs))
     states = states_bytes(prepared) if passes and not is_found(staging, open_jobs(prepared.plan)) else 0
-    needed = max(copied - dense + 2 * prepared.plan.packed_bytes, states) + (64 << 20)
+    needed = max(copied + 2 * packed, states) + (64 << 20)
     free = shutil.disk_usage(staging.parent).free
     free += sum(file.stat().st_size for file in staging.glob(f"{STATES}/*"))  # of a run that was cut off: written again
     if free < needed:

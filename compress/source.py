@@ -20,7 +20,10 @@ from compress.jsonfile import read_json
 from compress.tensorfile import StoredTensor, read_header
 
 _COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".py"}
-_NOT_COPIED = {"config.json", "README.md", "report.json", "recipe.yaml", "allocation.json", "adapter_config.json"}
+# what a compressed checkpoint says of itself, beside its weights and config
+REPORT, RECIPE, ALLOCATION = "report.json", "recipe.yaml", "allocation.json"
+RECORDS = (REPORT, RECIPE, ALLOCATION)
+_NOT_COPIED = {*RECORDS, "config.json", "README.md", "adapter_config.json"}
 _FINGERPRINT_BYTES = 4096
 
 

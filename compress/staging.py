@@ -5,6 +5,7 @@
     block-*.json          its figures, and the hash of the weights it was made from (`compress.lineage`)
     bases.*               the same two for the bases of a rotation or a KV cache, which depend on all blocks
     allocation.json       how every matrix is stored, and sensitivity.safetensors, what the output minds of it
+    tried-*.json          the candidates of a block's matrices, until all have been tried
     states/               hidden states on their way through a backward pass
     lock                  held by the process that works here
 
@@ -29,10 +30,11 @@ from compress.layers import layer_class
 from compress.lineage import Lineage
 from compress.plan import HEAD, Plan
 from compress.report import ModuleReport
+from compress.source import REPORT
 from compress.tensorfile import StoredTensor, read_header, write_file, write_whole
 
 BASES = "bases.safetensors"
-ALLOCATION = "allocation.json"  # of the checkpoint, too
+TRIED = "tried-*.json"
 _STATE, _LOCK = "run.json", "lock"
 
 
@@ -214,7 +216,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def identity_of(output: Path) -> dict[str, Any]:
     """The identity of the run that made a finished checkpoint; empty when the directory holds none."""
-    identity = _read_json(output / "report.json").get("identity")
+    identity = _read_json(output / REPORT).get("identity")
     return identity if isinstance(identity, dict) else {}
 
 

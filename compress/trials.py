@@ -9,17 +9,19 @@ sensitivity of the output neuron and of the tokens it falls on (`compress.calibr
 Without search f is one: alternatives of one matrix are compared by its output error at equal bytes.
 
 Two things keep trials short. Where every neuron is solved for itself (unit vectors), one of every few neurons is tried, in
-the order of their sensitivities. And a form of dictionary that was the best for none of the first `_ENOUGH` matrices of a
+the order of their sensitivities. And a form of dictionary that was the best for none of the first few matrices of a
 name is not tried on the others of that name.
 
-Cost: one pass of the block loop, a backward one where gradients are needed (`compress.passes`), and the trials.
+Cost: one pass of the block loop, a backward one where gradients are needed (`compress.passes`), and the trials, most of it.
+What was tried of a block is kept: a run that was cut off repeats the passes alone.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,18 +33,18 @@ from compress import methods
 from compress.blockwise import Progress, filled_layer, second_moment, start_runner
 from compress.calibrate import data
 from compress.calibrate.sensitivity import Sensitivity, of_block, through_block
+from compress.calibrate.statistics import Gram
 from compress.errors import CompressError
+from compress.forms import Forms, kinds_of, one_of, sizes_of
+from compress.jsonfile import read_json, write_json
 from compress.layers import Spec, packed_bytes
 from compress.linalg import SecondMoment, relative
 from compress.memory import give_back_freed_memory
 from compress.model import build_skeleton
-from compress.passes import STATES, Passes, backwards, forwards, minds
-from compress.plan import HEAD, Job, Plan, job_spec
+from compress.passes import BATCH_TOKENS, STATES, Passes, backwards, forwards
+from compress.plan import Job, job_spec
 from compress.prepare import Prepared
-
-_NEURONS = 256  # of a matrix, at least, where they are tried one by one
-_ENOUGH = 4  # matrices of one name in which a form never was the best
-_BATCH_TOKENS = 1024  # the logits of a batch and their gradients are held at once
+from compress.staging import TRIED
 
 
 @dataclass(frozen=True)
@@ -66,85 +68,6 @@ class Trials:
     tokens: dict[str, Tensor]
 
 
-def open_jobs(plan: Plan) -> list[Job]:
-    """The jobs with more than one candidate, and those that ask for sensitivities."""
-    return [job for job in plan.jobs if _is_open(job) or minds(job, "weighting", "fisher")]
-
-
-def _is_open(job: Job) -> bool:
-    method, options = methods.load(job.rule.method), job.rule.options
-    site = methods.Site(job.spec["in_features"], job.spec["out_features"])
-    return job.block != HEAD and len(_kinds(method, site, options)) * len(_alternatives(method, site, options)) > 1
-
-
-def _foreseen(prepared: Prepared) -> Passes:
-    """What a run will need, if its text gives all the tokens that the recipe asks for."""
-    options = prepared.recipe.calibration
-    return Passes(prepared, open_jobs(prepared.plan), options.samples * options.length)
-
-
-def trial_flops(prepared: Prepared) -> float:
-    """Operations of what happens before the run: passes for sensitivities, and trials where something is open."""
-    jobs, passes = open_jobs(prepared.plan), _foreseen(prepared)
-    if not passes.needed:
-        return 0.0
-    counts = prepared.block_parameters(active=True)
-    through, back = sum(counts), sum(counts[passes.first_block :])
-    config = prepared.model.config.get_text_config(decoder=True)
-    # once for hidden states, once more for the Gram matrices of trials, and there and back
-    total = 2.0 * passes.tokens * (through + (back if jobs else 0)) + 6.0 * back * passes.backward_tokens
-    total += 6.0 * config.hidden_size * config.vocab_size * passes.backward_tokens
-    # moments that count tokens by their gradients, of every matrix that they price
-    total += 1.2 * passes.backward_tokens * sum(job.spec["in_features"] ** 2 for job in jobs if job.name in passes.priced)
-    forms = _Forms()
-    for job in filter(_is_open, jobs):
-        method, whole = methods.load(job.rule.method), job.rule.options
-        site = methods.Site(job.spec["in_features"], job.spec["out_features"])
-        kinds = _kinds(method, site, whole)
-        kept = [kinds[index] for index in forms.worth_it(job, len(kinds))]
-        forms.note(job, 0)
-        for tried in {*kept, *_alternatives(method, site, kept[0])}:
-            quick = method.quick(tried) if hasattr(method, "quick") else tried
-            neurons = site.out_features // _one_of(method, tried, site.out_features)
-            with suppress(CompressError):  # what does not fit is not tried
-                spec = job_spec(prepared.model, job.name, prepared.source, job.rule.model_copy(update={"options": tried}))
-                total += method.flops(site.in_features, neurons, spec, quick)
-    return total
-
-
-def states_bytes(prepared: Prepared) -> int:
-    """Bytes on disk of the hidden states that the way back needs, at most."""
-    options, plan = prepared.recipe.calibration, prepared.plan
-    places, passes = options.samples * options.length, _foreseen(prepared)
-    if not passes.watched:
-        return 0
-    width = prepared.model.config.get_text_config(decoder=True).hidden_size
-    stored = passes.tokens if options.layout == "stream" else places  # padding has states, too
-    return stored * width * prepared.dtype.itemsize * (plan.num_blocks - passes.first_block)
-
-
-def logits_bytes(prepared: Prepared) -> int:
-    """Bytes in memory of a batch's logits on the way back: as they come, in fp32, their distribution, their gradient."""
-    if not _foreseen(prepared).watched:
-        return 0
-    vocabulary = prepared.model.config.get_text_config(decoder=True).vocab_size
-    return 4 * 4 * max(_BATCH_TOKENS, prepared.recipe.calibration.length) * vocabulary
-
-
-def _one_of(method: ModuleType, options: methods.MethodConfig, neurons: int) -> int:
-    """One of how many neurons is tried."""
-    alone = hasattr(method, "solves_neurons_alone") and method.solves_neurons_alone(options)
-    return max(1, neurons // _NEURONS) if alone else 1
-
-
-def _kinds(method: ModuleType, site: methods.Site, options: methods.MethodConfig) -> list[methods.MethodConfig]:
-    return method.kinds(site, options) if hasattr(method, "kinds") else [options]
-
-
-def _alternatives(method: ModuleType, site: methods.Site, options: methods.MethodConfig) -> list[methods.MethodConfig]:
-    return method.alternatives(site, options) if hasattr(method, "alternatives") else [options]
-
-
 def run_trials(prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging: Path, progress: Progress) -> Trials:
     """Candidates of the open `jobs`, and what the output minds where any rule or the calibration asks for that."""
     model = build_skeleton(prepared.source.path)  # of its own: it is left with weights in it
@@ -155,18 +78,22 @@ def run_trials(prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging
     if jobs:
         what = "searching for" if passes.searched else "trying"
         progress.note(f"{what} the best form of {len(jobs)} matrices on {tokens.count} tokens")
+        advance = progress.count(len(jobs), "matrices tried")
     if passes.share:
         progress.note(f"gradients of {tokens.count} tokens through {prepared.plan.num_blocks} blocks, to weigh the tokens")
-    runner = start_runner(prepared, tokens, batch_tokens=_BATCH_TOKENS)
-    forms, fitting, judging = _Forms(), 1.0, None
+    runner = start_runner(prepared, tokens, batch_tokens=BATCH_TOKENS)
+    forms, fitting, judging = Forms(), 1.0, None
     if passes.share and len(runner.batches) > 1:
         # the few tokens that count most may be answered to the letter: what that is worth, others have to tell
         judging = range(1, len(runner.batches), 2)
         fitted = torch.cat([torch.full((len(ids), 1), n not in judging) for n, (ids, _) in enumerate(runner.batches)])
         fitting = fitted / fitted.float().mean()
+    if done := len(list(staging.glob(TRIED))):
+        progress.note(f"resuming: the matrices of {done} of {prepared.plan.num_blocks} blocks are tried")
     walk = backwards(prepared, runner, passes, staging / STATES) if passes.watched else forwards(prepared, runner)
     for index, gradients in walk:
         here = [job for job in jobs if job.block == index]
+        file = staging / TRIED.replace("*", f"{index:05d}")
         minded: dict[str, Sensitivity] = {}
         counts: dict[str, Tensor | None] = {}
         if passes.share and prepared.recipe.refine.epochs and index in prepared.plan.by_block:
@@ -179,51 +106,66 @@ def run_trials(prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging
             counts |= {name: one.tokens_BL for name, one in minded.items()}
             weighed = {name: count for name, count in counts.items() if count is not None}
             trials.tokens.update({name: 1 - passes.share + passes.share * count for name, count in weighed.items()})
-        if here:
+        found = _kept(file, here)
+        for job in here if found else ():
+            forms.note(job, found[job.name][0])
+            advance()
+        if here and not found:
+            weights = {job.name: trials.tokens[job.name] * fitting for job in here if job.name in trials.tokens}
             linears = {job.name: model.get_submodule(job.name) for job in here}
-            weights = {name: trials.tokens[name] * fitting for name in linears if name in trials.tokens}
             grams = runner.grams(index, linears, keep=False, weights=weights)
-        moments: dict[int, SecondMoment] = {}
-        for job in here:
-            moments.setdefault(id(grams[job.name]), second_moment(grams[job.name]))
-            inputs = judge = moments[id(grams[job.name])].for_outputs(trials.outputs.get(job.name))
-            if job.name in minded and minded[job.name].inputs_II is not None:
-                judge = SecondMoment(minded[job.name].inputs_II)
-            trials.candidates[job.name] = _tried(prepared, job, inputs, judge, forms)
-        done = len(trials.candidates)
-        if here and done * 5 // len(jobs) > (done - len(here)) * 5 // len(jobs):
-            progress.note(f"tried {done} of {len(jobs)} matrices")
+            found = _try_block(prepared, here, grams, trials.outputs, minded, forms, advance)
+            record = {name: {"form": form, "candidates": [asdict(c) for c in of]} for name, (form, of) in found.items()}
+            write_json(file, record)
+        trials.candidates.update({name: candidates for name, (_, candidates) in found.items()})
         give_back_freed_memory()
     return trials
 
 
-class _Forms:
-    """The kinds of dictionary that are still worth a trial, by the matrix's name, sizes and rule."""
-
-    def __init__(self) -> None:
-        self.seen: dict[tuple, int] = {}
-        self.won: dict[tuple, set[int]] = {}
-
-    def worth_it(self, job: Job, count: int) -> list[int]:
-        """Which of `count` kinds to try on a matrix."""
-        key = self._key(job)
-        return list(range(count)) if self.seen.get(key, 0) < _ENOUGH else sorted(self.won[key])
-
-    def note(self, job: Job, best: int) -> None:
-        key = self._key(job)
-        self.seen[key] = self.seen.get(key, 0) + 1
-        self.won.setdefault(key, set()).add(best)
-
-    @staticmethod
-    def _key(job: Job) -> tuple:
-        return job.name.rpartition(".")[2], job.spec["in_features"], job.spec["out_features"], job.rule
+def _kept(file: Path, jobs: list[Job]) -> dict[str, tuple[int, list[Candidate]]]:
+    """Form and candidates of a block's matrices, as a run that was cut off has left them; nothing where it did not come to
+    them, or the file is damaged."""
+    if not file.exists():
+        return {}
+    with suppress(CompressError, KeyError, TypeError, AttributeError):
+        record = read_json(file)
+        return {
+            job.name: (record[job.name]["form"], [Candidate(**one) for one in record[job.name]["candidates"]])
+            for job in jobs
+        }
+    return {}
 
 
-def _tried(prepared: Prepared, job: Job, inputs: SecondMoment, judge: SecondMoment, forms: _Forms) -> list[Candidate]:
-    """What the alternatives of a matrix, fitted to its inputs, cost by the moments of a judge: all sizes of the form that is
-    best at the size it would have by itself."""
+def _try_block(
+    prepared: Prepared,
+    jobs: list[Job],
+    grams: dict[str, Gram],
+    outputs: dict[str, Tensor],
+    minded: dict[str, Sensitivity],
+    forms: Forms,
+    advance: Callable[[], None],
+) -> dict[str, tuple[int, list[Candidate]]]:
+    """Form and candidates of a block's matrices, fitted to `grams` and priced by the sensitivities of their `outputs` and,
+    where there are any, by the moments of what is `minded`."""
+    moments: dict[int, SecondMoment] = {}
+    found = {}
+    for job in jobs:
+        moments.setdefault(id(grams[job.name]), second_moment(grams[job.name]))
+        inputs = judge = moments[id(grams[job.name])].for_outputs(outputs.get(job.name))
+        if job.name in minded and minded[job.name].inputs_II is not None:
+            judge = SecondMoment(minded[job.name].inputs_II)
+        found[job.name] = _tried(prepared, job, inputs, judge, forms)
+        forms.note(job, found[job.name][0])
+        advance()
+    return found
+
+
+def _tried(
+    prepared: Prepared, job: Job, inputs: SecondMoment, judge: SecondMoment, forms: Forms
+) -> tuple[int, list[Candidate]]:
+    """What the alternatives of a matrix, fitted to its inputs, cost by the moments of a judge: which form is the best at the
+    size it would have by itself, and all sizes of it."""
     method, whole = methods.load(job.rule.method), job.rule.options
-    site = methods.Site(job.spec["in_features"], job.spec["out_features"])
     weight = prepared.source.read(f"{job.name}.weight").to(prepared.device, torch.float32)
     before = whole.model_dump()
     found: dict[str, Candidate] = {}
@@ -248,21 +190,20 @@ def _tried(prepared: Prepared, job: Job, inputs: SecondMoment, judge: SecondMome
             found[key] = Candidate(changed, packed_bytes(spec), error, price)
         return found[key]
 
-    kinds = _kinds(method, site, whole)
+    kinds = kinds_of(job)
     worth_it = forms.worth_it(job, len(kinds))
     best = worth_it[0]
     if len(worth_it) > 1:
         prices = {index: tried.price for index in worth_it if (tried := trial(kinds[index])) is not None}
         best = min(prices, key=prices.__getitem__, default=best)
-    forms.note(job, best)
-    sizes = _alternatives(method, site, kinds[best])
+    sizes = sizes_of(job, kinds[best])
     if len(sizes) > 1:
         found.clear()  # the other forms lost
     for options in sizes:
         trial(options)
     if not found:
         raise CompressError(f"{job.name}: nothing fits its budget; lower the ratio, or leave it out with `method: none`")
-    return list(found.values())
+    return best, list(found.values())
 
 
 def _priced(
@@ -275,7 +216,7 @@ def _priced(
 ) -> tuple[float, float]:
     """Relative output error and price of one way to store a matrix, from a sample of its neurons where that will do."""
     importance = inputs.importance_N
-    every, share = _one_of(method, options, len(weight)), 1.0
+    every, share = one_of(method, options, len(weight)), 1.0
     if every > 1:
         rows, share = _sample(importance, len(weight), every)
         importance = None if importance is None else importance[rows.to(importance.device)]

@@ -31,7 +31,7 @@ from compress.report import Report, megabytes
 
 _FIGURES = {"perplexity": "perplexity", "kl": "KL divergence (nats)", "top1_agreement": "top-1 agreement"}
 _BITS = {
-    "bits_per_weight": "bits of a weight",
+    "bits_per_weight": "bits of a compressed weight",
     "bits_per_activation": "bits of an activation",
     "bits_per_key_or_value": "bits of a key or value",
 }

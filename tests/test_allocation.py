@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from compress.blockwise import Silent, compress_blocks, start_runner
 from compress.calibrate.blocks import BlockRunner
 from compress.calibrate.sensitivity import StoredStates, output_gradients, through_block
 from compress.errors import CompressError
-from compress.forecast import predicted_memory_bytes
+from compress.forecast import forecast_table, logits_bytes, predicted_memory_bytes, states_bytes, trial_flops
+from compress.forms import Forms, open_jobs, planned_bytes
 from compress.knapsack import choose
 from compress.layers import compressed_matrices, dense_bytes, packed_bytes
 from compress.linalg import SecondMoment
@@ -29,9 +31,9 @@ from compress.model import build_skeleton, materialise, materialise_head
 from compress.plan import Job
 from compress.prepare import prepare
 from compress.recipe import Recipe
+from compress.report import megabytes
 from compress.run import _tokens, run
 from compress.tensorfile import write_file
-from compress.trials import trial_flops
 from helpers import save_tiny, tiny_recipe
 
 
@@ -169,7 +171,16 @@ def test_what_is_fitted_to_does_not_judge(tiny: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(BlockRunner, "grams", watched_grams)
     monkeypatch.setattr(trials, "through_block", watched_back)
-    found = trials.run_trials(prepared, trials.open_jobs(prepared.plan), tokens, tmp_path, Silent())
+
+    class Counting(Silent):
+        def count(self, total: int, what: str) -> Callable[[], None]:
+            stages.append((total, what))
+            return lambda: steps.append(what)
+
+    stages: list[tuple[int, str]] = []
+    steps: list[str] = []
+    found = trials.run_trials(prepared, open_jobs(prepared.plan), tokens, tmp_path, Counting())
+    assert stages == [(len(steps), "matrices tried")] == [(len(found.candidates), "matrices tried")]
     assert judges == [[1]] * prepared.plan.num_blocks and len(fitted) == len(found.tokens) == len(prepared.plan.jobs)
     for weights in fitted:
         assert not weights[16:32].any() and weights[:16].all() and weights[32:].all()
@@ -304,9 +315,9 @@ def test_the_dry_runs_time_counts_the_trials(tiny: Path) -> None:
         recipe = tiny_recipe(ratio=0.3, **changes)
         recipe["calibration"]["token_weighting"] = 0.5 if name == "weighted" else 0
         prepared = prepare(tiny, Recipe.from_dict(recipe))
-        flops[name], disk[name] = trial_flops(prepared), trials.states_bytes(prepared)
+        flops[name], disk[name] = trial_flops(prepared), states_bytes(prepared)
         logits = 16 * 1024 * prepared.model.config.vocab_size if disk[name] else 0
-        assert trials.logits_bytes(prepared) == logits
+        assert logits_bytes(prepared) == logits
         assert predicted_memory_bytes(prepared) > (700 << 20) + logits
         counts = prepared.block_parameters()
         blocks = prepared.model.get_submodule(prepared.plan.blocks_name)
@@ -319,6 +330,20 @@ def test_the_dry_runs_time_counts_the_trials(tiny: Path) -> None:
     blocks, width = prepared.plan.num_blocks, prepared.model.config.hidden_size
     whole = 8 * 64 * width * 4 * blocks
     assert disk == {"given": 0, "weighted": whole, "fisher": whole, "tried": 0, "searched": whole}
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_the_dry_run_shows_the_size_that_a_search_will_fill(share: float, tiny: Path) -> None:
+    uniform = prepare(tiny, Recipe.from_dict(tiny_recipe(dictionary="identity")), "cpu")
+    others = uniform.source.stored_bytes - uniform.replaced_bytes
+    wanted = others + round(share * uniform.plan.dense_bytes)
+    searched = tiny_recipe(allocation="search", value_bits="auto", dictionary="identity", target_size=wanted)
+    prepared = prepare(tiny, Recipe.from_dict(searched), "cpu")
+    assert others + sum(map(planned_bytes, prepared.plan.jobs)) == pytest.approx(wanted)
+    columns = forecast_table(prepared).columns
+    rows = dict(zip(columns[0].cells, zip(*(column.cells for column in columns[1:]), strict=True), strict=True))
+    assert rows["whole checkpoint"][-1] == megabytes(wanted) and "found by the search" in rows["3 x q_proj"]
+    assert "found by the search" not in [*forecast_table(uniform).columns[3].cells]
 
 
 def test_a_killed_search_resumes_with_the_same_bytes(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,6 +363,44 @@ def test_a_killed_search_resumes_with_the_same_bytes(tiny: Path, tmp_path: Path,
     assert (tmp_path / ".resumed.partial" / "allocation.json").exists()
     monkeypatch.setattr("compress.allocation.run_trials", lambda *_: pytest.fail("searched again"))
     run(tiny, recipe, tmp_path / "resumed")
+    for file in ("model.safetensors", "allocation.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "resumed" / file).read_bytes()
+
+
+@pytest.mark.parametrize("weighting", [0.0, 0.5])
+def test_trials_resume_after_the_last_block(
+    weighting: float, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed among the second block's matrices, then among the third's, whose file is damaged after that."""
+    recipe = tiny_recipe(dictionary="auto", allocation="search", ratio=0.3)
+    recipe["calibration"]["token_weighting"] = weighting
+    recipe = Recipe.from_dict(recipe)
+    run(tiny, recipe, tmp_path / "whole")
+    tried, one = [], trials._tried
+    monkeypatch.setattr(trials, "_tried", lambda *args: (tried.append(args[1].name), one(*args))[1])
+
+    class Killed(Silent):
+        def __init__(self, after: int) -> None:
+            self.left = after
+
+        def count(self, total: int, what: str) -> Callable[[], None]:
+            return self.step
+
+        def step(self) -> None:
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    staging = tmp_path / ".resumed.partial"
+    for after in (10, 18):
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, recipe, tmp_path / "resumed", progress=Killed(after))
+        assert len(list(staging.glob("tried-*.json"))) == after // 7
+    assert len(tried) == 10 + (18 - 7)
+    next(iter(sorted(staging.glob("tried-*.json")))).write_text('{"form": 1')
+    run(tiny, recipe, tmp_path / "resumed")
+    blocks = prepare(tiny, recipe, "cpu").plan.num_blocks
+    assert len(tried) == 10 + (18 - 7) + 7 * (blocks - 1)
     for file in ("model.safetensors", "allocation.json"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "resumed" / file).read_bytes()
 
@@ -397,8 +460,8 @@ def test_trials_of_something_else_are_refused(tiny: Path, tmp_path: Path) -> Non
     tensors["model.layers.2.mlp.down_proj.weight"][-1, -1] += 1
     save_file(tensors, edited / "model.safetensors", {"format": "pt"})
     refused("another model;", edited, **searched)
-    refused("another weights rule;", **searched, balance="2:4")
-    refused("another calibration tokens;", calibration={"samples": 2}, **searched)
+    refused("had balance none .here 2:4.; give all but the size as it was", **searched, balance="2:4")
+    refused("had other calibration tokens;", calibration={"samples": 2}, **searched)
     refused("no gradients; leave out token_weighting", calibration={"token_weighting": 0.5}, **searched)
     refused("needs allocation: search", dictionary="auto")
     refused("needs allocation: search", dictionary="identity")
@@ -543,7 +606,7 @@ def test_forms_are_judged_by_name_and_shape() -> None:
         Job(f"layers.0.{name}.up_proj", 0, {"in_features": 64, "out_features": outputs}, rule)
         for name, outputs in (("shared", 128), ("expert", 32))
     )
-    forms = trials._Forms()
+    forms = Forms()
     for _ in range(10):
         forms.note(wide, 1)
     assert forms.worth_it(wide, 3) == [1] and forms.worth_it(narrow, 1) == [0]

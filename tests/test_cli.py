@@ -17,10 +17,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compress.console import BarProgress
 from compress.version import __version__
 from helpers import save_tiny, task_files, tiny_recipe
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "COLUMNS": "160"}
+
+
+def test_a_pipe_hears_every_fifth(capsys: pytest.CaptureFixture) -> None:
+    """Of two stages, one after the other, whose steps are no multiple of five."""
+    with BarProgress() as progress:
+        for total, what in ((12, "matrices tried"), (3, "windows")):
+            step = progress.count(total, what)
+            for _ in range(total):
+                step()
+    lines = [f"{done} of 12 matrices tried" for done in (3, 5, 8, 10, 12)] + [f"{done} of 3 windows" for done in (1, 2, 3)]
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 def command(*arguments: object) -> list[str]:
@@ -49,7 +61,8 @@ def test_the_main_job(tiny_llama: Path, recipe_file: Path, tmp_path: Path) -> No
     (tmp_path / "link").unlink()
     done = compress("model", tiny_llama, "--recipe", recipe_file, "-o", tmp_path / "out", "--set", "weights.ratio=0.3")
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "a pipe gets no progress bar, and nothing went wrong"
+    told = [f"{count} of 21 matrices compressed" for count in (5, 9, 13, 17, 21)]
+    assert done.stderr.splitlines() == told, "a pipe gets lines in place of a bar, and nothing went wrong"
     assert "512 tokens" in done.stdout and "tokens of the text were not drawn" in done.stdout
     assert re.search(r"6 x 64 -> 64 \(q_proj, o_proj\): sparse_dictionary, K \d+, s \d+, K/s \d\.\d\d", done.stdout)
     assert "peak memory" in done.stdout and "worst output error" in done.stdout
@@ -270,7 +283,7 @@ def test_a_full_disk_names_what_is_kept(
 
     monkeypatch.setattr(staging, "write_file", full)
     done = run_here(monkeypatch, capsys, "model", tiny_llama, "--recipe", recipe_file, "-o", tmp_path / "out")
-    kept = r"finished blocks are kept in .*/\.out\.partial" if block else "nothing was left behind"
+    kept = r"what is finished is kept in .*/\.out\.partial" if block else "nothing was left behind"
     expect_failure(done, f"No space left on device: .*{kept}")
     assert (tmp_path / ".out.partial" / "block-00001.safetensors").exists() == bool(block)
     assert not (tmp_path / "out").exists()
@@ -300,7 +313,8 @@ def test_ctrl_c_names_what_is_kept(tiny_llama: Path, tmp_path: Path) -> None:
     arguments = command("model", tiny_llama, "--recipe", tmp_path / "slow.yaml", "-o", tmp_path / "out")
     kept = tmp_path / ".out.partial"
     code, error = interrupt(arguments, kept / "block-00000.safetensors")
-    assert code == 2 and f"finished blocks are kept in {kept}" in error and error.count("\n") == 1
+    done, last = error.splitlines()
+    assert code == 2 and f"what is finished is kept in {kept}" in last and done == "5 of 21 matrices compressed"
     assert (kept / "block-00000.safetensors").exists() and not (tmp_path / "out").exists()
 
 
@@ -358,7 +372,9 @@ def run_here(monkeypatch, capsys, *arguments: object) -> subprocess.CompletedPro
 
 
 def expect_failure(done: subprocess.CompletedProcess[str], message: str) -> None:
-    """Exit code 2, and on stderr one line and nothing else."""
+    """Exit code 2, and on stderr one line and nothing else but how far the work was."""
     assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith("compress: ") and done.stderr.count("\n") == 1, done.stderr
+    *before, last = done.stderr.splitlines(keepends=True)
+    assert last.startswith("compress: ") and last.endswith("\n"), done.stderr
+    assert all(re.fullmatch(r"\d+ of \d+ (matrices (tried|compressed)|windows)\n", line) for line in before), done.stderr
     assert re.search(message, done.stderr), done.stderr

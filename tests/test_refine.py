@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.helpers import save_tiny, tiny_model, tiny_recipe, tiny_tokenizer
 
-from compress.blockwise import filled_layer, start_runner
+from compress.blockwise import Silent, filled_layer, start_runner
 from compress.errors import CompressError
 from compress.kernels.hadamard import hadamard
 from compress.model import materialise
@@ -34,7 +34,7 @@ def refined(weights: dict, epochs: int = 16, inputs: str = "paired") -> Recipe:
     return Recipe.from_dict({**data, "refine": {"epochs": epochs, "rate": 0.003}})
 
 
-class Notes:
+class Notes(Silent):
     """Keeps the errors that a run tells."""
 
     def __init__(self) -> None:
@@ -45,9 +45,6 @@ class Notes:
             before, after = (float(word.strip(",")) for word in text.split() if "." in word or "inf" in word)
             self.pairs.append((before, after))
             assert ("kept" in text) == (not after < before)
-
-    def start(self, matrices: int, done: int) -> None: ...
-    def matrix(self, module: object) -> None: ...
 
 
 def packed(path) -> dict[str, torch.Tensor]:

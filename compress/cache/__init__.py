@@ -1,7 +1,7 @@
 """Packed, quantized KV caches for any transformers model with ordinary attention, in one argument of `generate`.
 
     from compress.cache import KVCache
-    model.generate(**inputs, past_key_values=KVCache(model, bits=4, high_channels=8))
+    model.generate(**inputs, cache=KVCache(model, bits=4, high_channels=8))  # past_key_values= before transformers 5.24
 
 The methods are `METHODS`; `compress/cache/<method>.py` holds
 

@@ -10,8 +10,8 @@ from compress.methods import MethodConfig
 
 # what a matrix may keep, relative to what it would keep if all kept the same: half at the least, or a search drives whole
 # matrices to zero, which a sum of errors does not see (Swift-SVD)
-LEAST_SHARE = 0.5
-_SHARES = (LEAST_SHARE, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
+_LEAST_SHARE = 0.5
+_SHARES = (_LEAST_SHARE, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 
 
 class BudgetConfig(MethodConfig):
@@ -23,6 +23,10 @@ class BudgetConfig(MethodConfig):
     allocation: Literal["uniform", "search"] = Field(
         "uniform", description="the same ratio for every matrix, or more for those the output depends on"
     )
+
+    def least_kept(self) -> float:
+        """Fraction of its bf16 bytes that a search leaves every matrix."""
+        return _LEAST_SHARE * (1 - self.ratio)
 
     def ratios(self) -> list[float]:
         """The ratios to try for a matrix."""

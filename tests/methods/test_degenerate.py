@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compress
+from compress.blockwise import Silent
 from compress.errors import CompressError
 from compress.layers import build
 from compress.linalg import SecondMoment
@@ -83,17 +84,12 @@ def damaged(path: Path, *zeroed: str) -> Path:
     return path
 
 
-class Notes:
+class Notes(Silent):
     def __init__(self) -> None:
         self.texts: list[str] = []
 
     def note(self, text: str) -> None:
         self.texts.append(text)
-
-    def start(self, *_: object) -> None:
-        pass
-
-    matrix = start
 
 
 @pytest.mark.parametrize(

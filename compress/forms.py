@@ -1,0 +1,76 @@
+"""What a rule leaves open for a matrix, and which forms of it are still worth a trial.
+
+A method lists kinds (dictionaries, widths) to compare at equal bytes and sizes to try of one kind (`compress.methods`).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from compress import methods
+from compress.layers import dense_bytes, packed_bytes
+from compress.passes import minds
+from compress.plan import HEAD, Job, Plan
+
+_NEURONS = 256  # of a matrix, at least, where they are tried one by one
+_ENOUGH = 4  # matrices of one name in which a form never was the best
+
+
+def open_jobs(plan: Plan) -> list[Job]:
+    """The jobs with more than one candidate, and those that ask for sensitivities."""
+    return [job for job in plan.jobs if is_open(job) or minds(job, "weighting", "fisher")]
+
+
+def is_open(job: Job) -> bool:
+    """Whether a matrix can be stored in more than one way."""
+    return job.block != HEAD and len(kinds_of(job)) * len(sizes_of(job, job.rule.options)) > 1
+
+
+def kinds_of(job: Job) -> list[methods.MethodConfig]:
+    """Forms to compare at equal bytes."""
+    method, options = methods.load(job.rule.method), job.rule.options
+    return method.kinds(_site(job), options) if hasattr(method, "kinds") else [options]
+
+
+def sizes_of(job: Job, form: methods.MethodConfig) -> list[methods.MethodConfig]:
+    """Sizes to try of one form."""
+    method = methods.load(job.rule.method)
+    return method.alternatives(_site(job), form) if hasattr(method, "alternatives") else [form]
+
+
+def one_of(method: ModuleType, options: methods.MethodConfig, neurons: int) -> int:
+    """One of how many neurons is tried."""
+    alone = hasattr(method, "solves_neurons_alone") and method.solves_neurons_alone(options)
+    return max(1, neurons // _NEURONS) if alone else 1
+
+
+def _site(job: Job) -> methods.Site:
+    return methods.Site(job.spec["in_features"], job.spec["out_features"])
+
+
+def planned_bytes(job: Job) -> float:
+    """Bytes of a matrix as planned; where a search spreads them, its share."""
+    searched = minds(job, "allocation", "search")
+    return (1 - job.rule.options.ratio) * dense_bytes(job.spec) if searched else packed_bytes(job.spec)
+
+
+class Forms:
+    """The kinds of dictionary that are still worth a trial, by the matrix's name, sizes and rule."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple, int] = {}
+        self.won: dict[tuple, set[int]] = {}
+
+    def worth_it(self, job: Job, count: int) -> list[int]:
+        """Which of `count` kinds to try on a matrix."""
+        key = self._key(job)
+        return list(range(count)) if self.seen.get(key, 0) < _ENOUGH else sorted(self.won[key])
+
+    def note(self, job: Job, best: int) -> None:
+        key = self._key(job)
+        self.seen[key] = self.seen.get(key, 0) + 1
+        self.won.setdefault(key, set()).add(best)
+
+    @staticmethod
+    def _key(job: Job) -> tuple:
+        return job.name.rpartition(".")[2], job.spec["in_features"], job.spec["out_features"], job.rule
