@@ -18,9 +18,9 @@ that a few codes in a hundred thousand differ, each by one step: hence their wid
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 from statistics import median
 
@@ -70,34 +70,35 @@ def random_layer(form: str, name: str, shape: tuple[int, int], device: str) -> C
     site = Site(inputs, outputs, place, heads=inputs // 64 if place == "heads" else 0)
     sizes = {"in_features": inputs, "out_features": outputs, "bias": False}
     spec = {**load(rule.method).plan(site, rule.options), **sizes}
-    layer = build(spec)
+    layer = build(spec).to(device)
     for key, tensor in layer.state_dict().items():
         if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape) * 0.02)
+            tensor.copy_(torch.randn(tensor.shape, device=device) * 0.02)
         elif key == "mask":
-            chosen = largest_per_row(torch.rand(outputs, all_atoms(spec)), spec["num_nonzeros"])
+            chosen = largest_per_row(torch.rand(outputs, all_atoms(spec), device=device), spec["num_nonzeros"])
             tensor.copy_(pack_mask(chosen))
         elif key == "values" or key in ("low", "high"):
             bits = spec.get("value_bits") or spec["bits" if key == "low" else "high_bits"]
             width = spec.get("num_nonzeros") or (spec["high_features"] if key == "high" else inputs - spec["high_features"])
             half = 1 << (bits - 1)
-            tensor.copy_(pack_signed(torch.randint(-half, half, (outputs, width)), bits))
+            tensor.copy_(pack_signed(torch.randint(-half, half, (outputs, width), device=device), bits))
         else:
             tensor.random_(0, 256)
-    return layer.to(device)
+    return layer
 
 
 @torch.inference_mode()
 def error(layer: CompressedLinear, x: torch.Tensor) -> float:
     """Of the layer in the dtype of x, relative to the norm of the fp64 product of what a CPU sees of x and the weight."""
     seen = layer.seen_input(layer.spec, x.cpu()).double()
-    want = seen @ copy.deepcopy(layer).cpu().dense_weight().double().T
+    want = seen @ deepcopy(layer).cpu().dense_weight().double().T
     return float((layer(x).cpu().double() - want).norm() / want.norm())
 
 
 @torch.inference_mode()
-def seconds(functions: list, x: torch.Tensor, rounds: int = 20) -> float:
-    """Median time of one call, from a CUDA graph of all of them; they are alike but for where their weights lie."""
+def seconds(functions: list, x: torch.Tensor, rounds: int = 20, most: float = 0.5) -> float:
+    """Median time of one call, from a CUDA graph of all of them; they are alike but for where their weights lie. Rounds end
+    after `most` seconds, but not before the third."""
     for function in functions[:2]:
         function(x)  # compiles
     torch.cuda.synchronize()
@@ -106,7 +107,7 @@ def seconds(functions: list, x: torch.Tensor, rounds: int = 20) -> float:
         for function in functions:
             function(x)
     times = []
-    for _ in range(rounds):
+    while len(times) < rounds and (len(times) < 3 or sum(times) * len(functions) < most):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -126,15 +127,17 @@ def copy_bandwidth() -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="correctness alone")
+    parser.add_argument("--time", action="store_true", help="times alone")
     parser.add_argument("--device", default="cuda", help="cpu: try the script itself, with --check")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--compile", action="store_true", help="decode models with torch.compile")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.device == "cuda":
         print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__}), flush=True)
-    wrong = check_layers(options.forms, options.device) if "layers" in options.parts else 0
+    wrong = check_layers(options.forms, options.device) if "layers" in options.parts and not options.time else 0
     if "attention" in options.parts:
         few = {"totals": ((2, 300),)} if options.device == "cpu" else {}
         wrong += not gpu_models.attention(options.device, None if options.check or wrong else seconds, **few)
@@ -144,7 +147,7 @@ def main() -> int:
         forms = options.forms if "layers" in options.parts else []
         time_layers(options.shapes, forms, "peers" in options.parts)
     if "models" in options.parts:
-        gpu_models.decoding(options.shapes, options.device)
+        gpu_models.decoding(options.shapes, options.device, options.compile)
     return 0
 
 
@@ -185,7 +188,7 @@ def time_layers(shapes: list[str], forms: list[str], peers: bool) -> None:
             for form in forms:
                 one = random_layer(form, name, shape, "cuda")
                 size_bytes = packed_bytes(one.spec)
-                layers = [one] + [random_layer(form, name, shape, "cuda") for _ in range(1, -(-L2_BYTES // size_bytes))]
+                layers = [one] + [deepcopy(one) for _ in range(1, -(-L2_BYTES // size_bytes))]
                 for batch in BATCHES:
                     x = torch.randn(batch, shape[0], device="cuda", dtype=torch.bfloat16)
                     least = (size_bytes + 2 * batch * sum(shape)) / bandwidth

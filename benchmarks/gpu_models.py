@@ -2,7 +2,8 @@
 
     attention    one decode step of a layer, packed bytes against torch's attention on the same states in bf16; the error of
                  the former against fp64 first. 32 query heads, 8 KV heads of 128 channels, as in Llama-3-8B.
-    decoding     tokens per second of a model, dense and compressed, with a static cache and the step compiled to one graph.
+    decoding     tokens per second of a model, dense and compressed, with a static cache and the step recorded as one CUDA
+                 graph, or compiled into one by torch.
 
 Times are medians; one JSON line per case.
 """
@@ -69,16 +70,18 @@ def _exact(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tor
 
 
 @torch.inference_mode()
-def decoding(shapes: list[str], device: str, recipes: tuple[str, ...] = RECIPES, tokens: int = 64) -> None:
+def decoding(
+    shapes: list[str], device: str, compiled: bool = False, recipes: tuple[str, ...] = RECIPES, tokens: int = 64
+) -> None:
     """Print a line per shape and model."""
     for shape in shapes:
         dense = None
         for recipe in (None, *recipes):
             torch.manual_seed(0)
             model = random_model(shape, torch.bfloat16, recipe, device)
-            took = _token_seconds(model, device, tokens)
+            took = _token_seconds(model, device, tokens, compiled)
             dense = dense or took
-            line = {"decoding": recipe or "dense bf16", "model": shape, "tokens_per_second": 1 / took, "ratio": dense / took}
+            line = {"decoding": recipe or "dense bf16", "model": shape, "compiled": compiled, "tokens_per_second": 1 / took, "ratio": dense / took}
             if device == "cuda":
                 line["memory"] = torch.cuda.memory_allocated()
             print(json.dumps(line), flush=True)
@@ -86,21 +89,22 @@ def decoding(shapes: list[str], device: str, recipes: tuple[str, ...] = RECIPES,
             torch.compiler.reset()
 
 
-def _token_seconds(model: nn.Module, device: str, tokens: int) -> float:
+def _token_seconds(model: nn.Module, device: str, tokens: int, compiled: bool) -> float:
     """Median over rounds of the time per token, behind a short prompt."""
-    cache = StaticCache(config=model.config, max_cache_len=PROMPT + tokens + 1)
-    # CUDA graphs with "reduce-overhead"; the positions come as tensors, so that one graph serves every token
-    mode = "reduce-overhead" if device == "cuda" else "default"
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + tokens + 3)  # two of the recording
+    # the positions come as tensors, so that one graph serves every token
+    mode = "reduce-overhead" if device == "cuda" else "default"  # the former means CUDA graphs
 
     def step(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         logits = model(token, position_ids=position, **{CACHE_ARGUMENT: cache}).logits
         return logits[:, -1:].argmax(dim=-1)
 
-    fast = torch.compile(step, mode=mode, fullgraph=True)
+    fast = torch.compile(step, mode=mode, fullgraph=True) if compiled else None
     times = []
-    for number in range(ROUNDS + 1):  # the first compiles
+    for number in range(ROUNDS + 1):  # the first compiles or records
         cache.reset()
         token = step(torch.arange(PROMPT, device=device)[None], torch.arange(PROMPT, device=device)[None])
+        fast = fast or (recorded(step) if device == "cuda" else step)
         _wait(device)
         started = time.perf_counter()
         for at in range(PROMPT, PROMPT + tokens):
@@ -109,6 +113,28 @@ def _token_seconds(model: nn.Module, device: str, tokens: int) -> float:
         if number:
             times.append((time.perf_counter() - started) / tokens)
     return median(times)
+
+
+def recorded(step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A step of one token as a CUDA graph. What it changes in place changes while it warms up, too."""
+    token, position = (torch.zeros(1, 1, dtype=torch.int64, device="cuda") for _ in range(2))
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(2):
+            step(token, position)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(token, position)
+
+    def run(new_token: torch.Tensor, new_position: torch.Tensor) -> torch.Tensor:
+        token.copy_(new_token)
+        position.copy_(new_position)
+        graph.replay()
+        return found
+
+    return run
 
 
 def _wait(device: str) -> None:

@@ -5,12 +5,14 @@ Speed does not depend on the numbers, so it is measured without fetching or comp
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compress.kernels.sparse_dictionary import pack_mask
-from compress.layers import Spec, build, check_spec
+from compress.layers import build, check_spec
 from compress.layers.sparse_dictionary import all_atoms
 from compress.linalg import largest_per_row
 from compress.methods import Site, load
@@ -53,7 +55,8 @@ def random_model(shape: str, dtype: torch.dtype, recipe: str | None = None, devi
                 part = flat[start : start + len(pattern)]
                 part.copy_(pattern[: len(part)])
         elif name.endswith(".mask"):
-            tensor.copy_(_mask(model.get_submodule(name.removesuffix(".mask")).spec))
+            spec = model.get_submodule(name.removesuffix(".mask")).spec
+            tensor.copy_(_mask(spec["out_features"], all_atoms(spec), spec["num_nonzeros"], tensor.device))
         else:
             tensor.random_(0, 256)
     for module in model.modules():  # what to_empty left unset: rotary tables
@@ -77,6 +80,6 @@ def _replace_linears(model: nn.Module, recipe: Recipe) -> None:
             model.set_submodule(name, build(spec))
 
 
-def _mask(spec: Spec) -> torch.Tensor:
-    chosen = largest_per_row(torch.rand(spec["out_features"], all_atoms(spec)), spec["num_nonzeros"])
-    return pack_mask(chosen)
+@cache  # the same for all layers of a shape
+def _mask(rows: int, atoms: int, nonzeros: int, device: torch.device) -> torch.Tensor:
+    return pack_mask(largest_per_row(torch.rand(rows, atoms, device=device), nonzeros))

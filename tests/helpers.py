@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 DATA = ROOT.parent / "shared" / "data"  # an optional local copy of the public data sets; the hub is used without it
 
 _COMMON = {

@@ -291,7 +291,11 @@ def test_a_full_disk_names_what_is_kept(
 
 def interrupt(arguments: list[str], mark: Path) -> tuple[int, str]:
     """Run until a file is there, send what Ctrl-C sends; exit code and stderr."""
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so its children
+    try:
+        process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    finally:
+        signal.signal(signal.SIGINT, heard)
     while not mark.exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

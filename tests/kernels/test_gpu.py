@@ -1,4 +1,4 @@
-"""The Triton kernels: numbers in the interpreter, and code for real GPUs without one."""
+"""The Triton kernels: numbers in the interpreter and, where there is one, on a GPU; code for real GPUs without one."""
 
 from __future__ import annotations
 
@@ -10,27 +10,32 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+from helpers import DEVICES
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def interpreted(script: str) -> dict:
+def measured(script: str, device: str) -> dict:
+    """What a script prints that runs the kernels: on `cpu` in the interpreter."""
     done = subprocess.run(
-        [sys.executable, "-P", Path(__file__).with_name(script)], capture_output=True, text=True, check=False
+        [sys.executable, "-P", Path(__file__).with_name(script), device], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
-def test_numbers_in_the_interpreter() -> None:
-    errors = interpreted("interpreted.py")
+@pytest.mark.parametrize("device", DEVICES)
+def test_numbers(device: str) -> None:
+    errors = measured("run_kernels.py", device)
     assert len(errors) > 47
     worst = max(errors, key=errors.get)
     assert errors[worst] < 1e-6, f"{worst}: {errors[worst]}"  # measured: 1.2e-7, fp32 sums
 
 
-def test_packed_groups_in_the_interpreter() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_packed_groups(device: str) -> None:
     """The bytes of the reference, but for what the order of a sum may decide; measured: all of them."""
-    cases = interpreted("interpreted_packing.py")
+    cases = measured("run_packing.py", device)
     assert len(cases) > 80 and sum(case["exact"] for case in cases.values()) > 20
     for name, case in cases.items():
         assert case["ratio"] < 1.01, f"{name}: {case}"

@@ -1,4 +1,4 @@
-"""Rounded inputs on a GPU: Hadamard transform, codes and integer products, in Triton's interpreter."""
+"""Rounded inputs on a GPU: Hadamard transform, codes and integer products, in Triton's interpreter or on the hardware."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from compress.kernels import notice
 from compress.kernels.gpu_hadamard import SLAB, shape_of
 from compress.kernels.gpu_rounded import FEW, MANY, MORE, SOME, tile
 from compress.kernels.hadamard import gpu_base
+from helpers import DEVICES
 
 
-def test_numbers_in_the_interpreter() -> None:
-    script = Path(__file__).with_name("interpreted_rounded.py")
-    done = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("device", DEVICES)
+def test_numbers(device: str) -> None:
+    script = Path(__file__).with_name("run_rounded.py")
+    done = subprocess.run([sys.executable, "-P", script, device], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     errors = json.loads(done.stdout)
     assert len(errors) > 90

@@ -1,4 +1,4 @@
-"""Run by test_gpu_rounded.py in a process of its own: Triton's interpreter must be chosen before a kernel is defined.
+"""Run by test_gpu_rounded.py in a process of its own, on the device that its argument names, as run_kernels.py.
 
 Prints one JSON object: for every case the largest error against the reference, relative to the sum of absolute terms, to the
 norm of a row, or of codes that must be equal the share that is not. What kernels are given to write to is filled with NaN.
@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TRITON_INTERPRET"] = "1" if sys.argv[1] == "cpu" else "0"
 
 import torch
 
@@ -26,6 +26,7 @@ from compress.kernels.mixed_precision import (
 )
 from compress.kernels.pack import pack_signed
 
+torch.set_default_device(sys.argv[1])
 torch.manual_seed(0)
 warnings.simplefilter("error", UserWarning)  # no case may run the reference
 errors: dict[str, float] = {}
@@ -38,7 +39,7 @@ def poisoned(*shape: object, **how: object) -> torch.Tensor:
 
 
 torch.empty = poisoned
-torch.empty_like = lambda x, dtype=None: poisoned(x.shape, dtype=dtype or x.dtype)
+torch.empty_like = lambda x, dtype=None: poisoned(x.shape, dtype=dtype or x.dtype, device=x.device)
 gpu.usable = lambda x: x.dtype != torch.float64
 
 

@@ -1,4 +1,4 @@
-"""Run by test_gpu.py in a process of its own, as interpreted.py: the kernel that packs groups, against its reference.
+"""Run by test_gpu.py in a process of its own, as run_kernels.py: the kernel that packs groups, against its reference.
 
 Prints one JSON object: for every case how many bytes of codes and scales differ, out of how many, how much more the kernel
 is off by than the reference, and whether no sum decides anything, so that none may differ. New tensors are filled with NaN
@@ -12,7 +12,7 @@ import math
 import os
 import sys
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TRITON_INTERPRET"] = "1" if sys.argv[1] == "cpu" else "0"
 
 import torch
 import triton
@@ -23,6 +23,7 @@ from compress.kernels.affine_groups import EIGHT_BITS, expand_groups_reference
 from compress.kernels.group_packing import behind, pack_groups_reference
 from compress.kernels.rounding import Grid, as_bytes, to_grid
 
+torch.set_default_device(sys.argv[1])
 torch.manual_seed(0)
 results: dict[str, dict[str, float]] = {}
 margins: list[torch.Tensor] = []

@@ -1,4 +1,5 @@
-"""Run by test_gpu.py in a process of its own: Triton's interpreter must be chosen before a kernel is defined.
+"""Run by test_gpu.py in a process of its own: Triton's interpreter must be chosen before a kernel is defined. The one
+argument is the device: cpu, which means the interpreter, or cuda, which means the hardware.
 
 Prints one JSON object: for every case the largest error, relative to the sum of absolute terms.
 """
@@ -9,7 +10,7 @@ import json
 import os
 import sys
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TRITON_INTERPRET"] = "1" if sys.argv[1] == "cpu" else "0"
 
 import torch
 
@@ -20,6 +21,7 @@ from compress.kernels.mixed_precision import dequantize_part
 from compress.kernels.pack import pack, pack_signed
 from compress.kernels.sparse_dictionary import pack_mask
 
+torch.set_default_device(sys.argv[1])
 torch.manual_seed(0)
 errors: dict[str, float] = {}
 
