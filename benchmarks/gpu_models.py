@@ -81,7 +81,8 @@ def decoding(
             model = random_model(shape, torch.bfloat16, recipe, device)
             took = _token_seconds(model, device, tokens, compiled)
             dense = dense or took
-            line = {"decoding": recipe or "dense bf16", "model": shape, "compiled": compiled, "tokens_per_second": 1 / took, "ratio": dense / took}
+            line = {"decoding": recipe or "dense bf16", "model": shape, "compiled": compiled}
+            line |= {"tokens_per_second": 1 / took, "ratio": dense / took}
             if device == "cuda":
                 line["memory"] = torch.cuda.memory_allocated()
             print(json.dumps(line), flush=True)

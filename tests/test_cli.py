@@ -291,7 +291,7 @@ def test_a_full_disk_names_what_is_kept(
 
 def interrupt(arguments: list[str], mark: Path) -> tuple[int, str]:
     """Run until a file is there, send what Ctrl-C sends; exit code and stderr."""
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so its children
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a job in the background ignore it
     try:
         process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     finally:
