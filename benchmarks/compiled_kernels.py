@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compress.kernels import gpu, gpu_attention, gpu_hadamard, gpu_packing, gpu_rounded, gpu_rounding
+from compress.kernels import gpu, gpu_attention, gpu_hadamard, gpu_packing, gpu_products, gpu_rounded, gpu_rounding
 from compress.kernels.affine_groups import EIGHT_BITS
 
 TARGETS = {
@@ -70,7 +70,12 @@ TYPES = {
     },
 }  # fmt: skip
 # multiples of 16, which a launch finds out by itself
-ALIGNED = {"transform": ("x_stride", "y_stride", "plane"), "rounded_product": ("low_bytes", "high_bytes")}
+ALIGNED = {
+    "packed_product": ("N", "K", "row_values", "mask_bytes", "group_size", "x_stride"),
+    "packed_expand": ("N", "K", "row_values", "mask_bytes", "group_size", "out_stride"),
+    "transform": ("x_stride", "y_stride", "plane"),
+    "rounded_product": ("low_bytes", "high_bytes"),
+}
 INTEGER = re.compile(r"IG?MMA|v_mfma_i32")
 ATTENTION = {"TOKENS": gpu_attention.TOKENS, "QUERIES": gpu_attention.QUERIES, "EIGHT_BITS": True, "PRECISION": "tf32x3"}
 # numbers of a group, runs, block, dtype of scales, ranges tried: the defaults of squat, values and kivi; then the largest
@@ -80,13 +85,13 @@ PACKING = [
     (8, 128, 64, EIGHT_BITS, 5), (1024, 16, 0, EIGHT_BITS, 5),
 ]  # fmt: skip
 OPTIONS = ("num_warps", "enable_fp_fusion")  # of a launch of group_pack, among its constants
+UNFUSED = {"enable_fp_fusion": False}  # of launches that round as the reference does
 TILE = {"ROWS": gpu.ROWS, "EIGHTS": gpu.EIGHTS}
 # instructions per weight of the loop on sm_90, as first measured with triton 3.9.0
 BUDGET = {
-    "integer_decode 2": 9.7, "integer_decode 3": 12.1, "integer_decode 4": 9.6, "integer_decode 5": 13.5,
-    "integer_decode 6": 13.6, "integer_decode 7": 16.7, "integer_decode 8": 8.3, "sparse_decode 2": 39.5,
-    "sparse_decode 3": 42.9, "sparse_decode 4": 39.5, "sparse_decode 5": 42.9, "sparse_decode 6": 42.9,
-    "sparse_decode 7": 42.9, "sparse_decode 8": 32.3, "sparse_decode 16": 24.8,
+    "packed_product 2": 5.5, "packed_product 3": 7.7, "packed_product 4": 5.3, "packed_product 5": 9.9,
+    "packed_product 6": 10.2, "packed_product 7": 11.3, "packed_product 8": 6.9, "packed_product sparse 3": 30.0,
+    "packed_product sparse 4": 27.1, "packed_product sparse 8": 20.1, "packed_product sparse 16": 13.1,
     "rounded_product 4 tokens 16": 5.0, "rounded_product 4 tokens 128": 5.8, "rounded_product 6 tokens 16": 13.3,
     "rounded_product 6 tokens 128": 14.6, "rounded_product 8 tokens 16": 3.1, "rounded_product 8 tokens 128": 4.2,
 }  # fmt: skip
@@ -97,8 +102,8 @@ Case = tuple[str, object, dict, dict]  # name, kernel, compile-time constants, o
 
 def cases(quick: bool, target: str) -> list[Case]:
     """What is shipped."""
-    packed = [(*case, {"num_warps": gpu.WARPS}) for case in packed_cases(quick)]
     hopper = target == "sm_90"
+    packed = [(*case, {"num_warps": gpu.WARPS}) for case in packed_cases(quick, hopper)]
     return packed + packing_cases(quick) + rounded_cases(quick, hopper) + hadamard_cases(quick, hopper)
 
 
@@ -123,7 +128,9 @@ def rounded_cases(quick: bool, hopper: bool) -> list[Case]:
     found = []
     for bits, centred in [(4, False)] if quick else [(4, False), (6, False), (8, True)]:
         constants = {"CENTRED": centred, "PLANES": gpu_rounding.planes(bits), "BLOCK": gpu_rounding.BLOCK}
-        found.append((f"round_slices {bits}", gpu_rounding.round_slices, constants, {"num_warps": gpu_rounding.WARPS}))
+        found.append(
+            (f"round_slices {bits}", gpu_rounding.round_slices, constants, {"num_warps": gpu_rounding.WARPS} | UNFUSED)
+        )
     for stored in [(4, 8)] if quick else [(4,), (6,), (8,), (4, 8), (4, 6), (8, 8), (3, 5), (2, 7)]:
         parts = [
             (bits, bits == 8, 16, columns // gpu_rounding.planes(bits))
@@ -148,17 +155,14 @@ def hadamard_cases(quick: bool, hopper: bool) -> list[Case]:
                 "CHUNK": gpu_hadamard.CHUNK, "PRECISION": "tf32x3",
             }  # fmt: skip
             name = f"transform {width}{' rounded' * rounds}"
-            found.append((name, gpu_hadamard.transform, constants, {"num_warps": gpu_hadamard.warps(shape)}))
+            found.append((name, gpu_hadamard.transform, constants, {"num_warps": gpu_hadamard.warps(shape)} | UNFUSED))
     return found
 
 
-def packed_cases(quick: bool) -> list[tuple[str, object, dict]]:
+def packed_cases(quick: bool, hopper: bool) -> list[tuple[str, object, dict]]:
     widths = [4] if quick else [2, 3, 4, 5, 6, 7, 8]
-    found = [
-        (f"integer_decode {bits}", gpu.integer_decode, {"ADD": False, "BITS": bits, "WORDS": bits in gpu.WORD, **TILE})
-        for bits in widths
-    ]
-    found += [(f"integer_expand {bits}", gpu.integer_expand, {"BITS": bits, **TILE}) for bits in widths]
+    found = [case for bits in widths for case in _product_cases(bits, False, quick, hopper)]
+    found += [case for bits in [*widths, 16] for case in _product_cases(bits, True, quick, hopper)]
     found += [
         (f"group_expand {bits}", gpu.group_expand, {"EIGHT_BITS": eight, "CENTRE": eight, "BITS": bits, **TILE})
         for bits in widths
@@ -173,9 +177,30 @@ def packed_cases(quick: bool) -> list[tuple[str, object, dict]]:
         for bits in widths
         for width in ([128] if quick else [64, 128, 256])
     ]
-    parts = {"CHANNELS": gpu_attention.CHANNELS, "PART": gpu_attention.PART}
-    found += [(f"group_sums {bits}", gpu_attention.group_sums, {"BITS": bits, **parts, **ATTENTION}) for bits in widths]
-    return found + [(f"sparse_decode {bits}", gpu.sparse_decode, {"BITS": bits, **TILE}) for bits in [*widths, 16]]
+    parts = {"CHANNELS": gpu_attention.CHANNELS, "PART": gpu_attention.PART, "TOKENS": gpu_attention.SUMMED}
+    found += [
+        (f"group_sums {bits}{' one run' * one_run}", gpu_attention.group_sums, {"BITS": bits, **ATTENTION, **parts, **runs})
+        for bits in widths
+        for one_run, runs in (
+            (True, {"ONE_RUN": True, "CHANNELS": 32}),
+            (False, {"ONE_RUN": False, "TOKENS": gpu_attention.TOKENS}),
+        )
+    ]
+    return [*found, ("add_up", gpu.add_up, {"ADDED": gpu.ADDED})]
+
+
+def _product_cases(bits: int, masked: bool, quick: bool, hopper: bool) -> list[tuple[str, object, dict]]:
+    """A packed weight multiplied out, with one token and with the most, and with its tile scaled."""
+    stored = {"BITS": bits, "MASKED": masked, "ROWS": gpu_products.ROWS}
+    name = f"{'sparse ' * masked}{bits}"
+    columns = gpu_products.COLUMNS // (1 if hopper else 2)
+    found = [(f"packed_expand {name}", gpu_products.packed_expand, stored | {"EIGHTS": columns // 8})]
+    for extra, tokens, scaled in (("", 1, False), (" most tokens", 64, False), (" scaled", 1, True)):
+        if not (quick and extra) and not (bits == 16 and scaled):
+            tile = gpu_products.tile(tokens, scaled, hopper)
+            more = {"EIGHTS": tile.columns // 8, "TOKENS": tile.tokens, "SCALED": scaled, "PRECISION": "tf32x3"}
+            found.append((f"packed_product {name}{extra}", gpu_products.packed_product, stored | more))
+    return found
 
 
 def compiled(kernel: object, constants: dict, options: dict, target: str) -> object:
@@ -186,8 +211,8 @@ def compiled(kernel: object, constants: dict, options: dict, target: str) -> obj
     types["affine"] = "*u8" if constants.get("EIGHT_BITS") else "*bf16"
     if kernel is gpu_packing.group_pack:  # scales are written as they are stored
         types["affine"] = "*u8" if constants["UNITS"] else "*i16"
-    if constants.get("WORDS"):
-        types["packed"] = "*i16" if constants["BITS"] == 2 else "*i32"
+    if kernel in (gpu_products.packed_product, gpu_products.packed_expand) and not constants["MASKED"]:
+        types["values"] = {2: "*i16", 4: "*i32"}.get(constants["BITS"], "*u8")
     if kernel is gpu_hadamard.transform:
         types["y"] = "*i8" if constants["ROUND"] else "*bf16"
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
@@ -249,10 +274,10 @@ def main() -> int:
         for name, kernel, constants, options in cases(quick, target):
             line = {"kernel": name, "target": target, **figures(compiled(kernel, constants, options, target))}
             loop = line.pop("loop", 0)
-            weights = gpu.ROWS * gpu.EIGHTS * 8
+            weights = 2 * gpu_products.ROWS * 8 * constants.get("EIGHTS", 0)  # two steps
             if kernel is gpu_rounded.rounded_product:
                 weights = constants["ROWS"] * constants["LOW_RUNS"] * constants["LOW_PLANES"]
-            if loop and ("decode" in name or constants.get("HIGH") == 0):
+            if loop and ("packed_product" in name or constants.get("HIGH") == 0):
                 line["instructions_per_weight"] = round(loop * 32 * options["num_warps"] / weights, 2)
             limit = 1.1 * BUDGET.get(name, float("inf"))
             good = line["spills"] == 0 and line["registers"] <= 256

@@ -130,6 +130,7 @@ def main() -> int:
     parser.add_argument("--time", action="store_true", help="times alone")
     parser.add_argument("--device", default="cuda", help="cpu: try the script itself, with --check")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--layers", nargs="+", default=list(SHAPES["8b"]), choices=list(SHAPES["8b"]), help="to time")
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--compile", action="store_true", help="decode models with torch.compile")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
@@ -145,7 +146,7 @@ def main() -> int:
         return 1 if wrong else 0
     if {"layers", "peers"} & {*options.parts}:
         forms = options.forms if "layers" in options.parts else []
-        time_layers(options.shapes, forms, "peers" in options.parts)
+        time_layers(options.shapes, options.layers, forms, "peers" in options.parts)
     if "models" in options.parts:
         gpu_models.decoding(options.shapes, options.device, options.compile)
     return 0
@@ -172,12 +173,13 @@ def check_layers(forms: list[str], device: str) -> int:
     return wrong
 
 
-def time_layers(shapes: list[str], forms: list[str], peers: bool) -> None:
+def time_layers(shapes: list[str], names: list[str], forms: list[str], peers: bool) -> None:
     bandwidth = copy_bandwidth()
     print(json.dumps({"bytes_per_second": bandwidth}))
     known = {batch: usable_peers(batch) if peers else [] for batch in BATCHES}
     for size in shapes:
-        for name, shape in SHAPES[size].items():
+        for name in names:
+            shape = SHAPES[size][name]
             copies = max(2, -(-L2_BYTES // (2 * shape[0] * shape[1])))
             weights = [torch.randn(shape[1], shape[0], device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
             dense = {}

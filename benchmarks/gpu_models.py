@@ -41,22 +41,27 @@ def attention(
     good = True
     for bits in (2, 4):
         for batch, tokens in totals:
-            layer = kivi.Layer(kivi.Config(bits=bits))
-            states = (torch.randn(batch, KV_HEADS, tokens, WIDTH, device=device, dtype=torch.bfloat16) for _ in range(2))
-            layer.update(*states)
-            query = torch.randn(batch, HEADS, 1, WIDTH, device=device, dtype=torch.bfloat16)
-            keys, values = layer.dense()
+            layer, query = _random_cache(bits, batch, tokens, device, torch.float32)
             got = layer.attend(query, None, WIDTH**-0.5).transpose(1, 2).double()
-            error = float((got - _exact(query, keys, values)).norm() / got.norm())
-            right = error < 2e-2  # of bf16 outputs
+            error = float((got - _exact(query, *layer.dense())).norm() / got.norm())
+            right = error < 3e-3  # of sums that nearly cancel
             good &= right
             line = {"attention": f"{bits} bits", "batch": batch, "tokens": tokens, "error": error}
             if seconds is not None and right:
+                layer, query = _random_cache(bits, batch, tokens, device, torch.bfloat16)
+                keys, values = layer.dense()
                 packed = seconds([lambda x, layer=layer: layer.attend(x, None, WIDTH**-0.5)], query)
                 plain = seconds([lambda x, k=keys, v=values: _dense(x, k, v)], query)
                 line |= {"microseconds": 1e6 * packed, "dense": 1e6 * plain, "ratio": plain / packed}
             print(json.dumps(line), flush=True)
     return good
+
+
+def _random_cache(bits: int, batch: int, tokens: int, device: str, dtype: torch.dtype) -> tuple[kivi.Layer, torch.Tensor]:
+    """A layer of random states, and a query."""
+    layer = kivi.Layer(kivi.Config(bits=bits))
+    layer.update(*(torch.randn(batch, KV_HEADS, tokens, WIDTH, device=device, dtype=dtype) for _ in range(2)))
+    return layer, torch.randn(batch, HEADS, 1, WIDTH, device=device, dtype=dtype)
 
 
 def _dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.calibrate.sources import Row, Rows, chat_messages, load_texts, require_texts
+from compress.calibrate.sources import Row, Rows, chat_messages, load_texts, local_file, require_texts
 from compress.errors import CompressError
 
-__all__ = ["Rows", "Tokens", "chat_messages", "cut_windows", "encode", "load_texts", "make_tokens", "start_tokens"]
+__all__ = [
+    "Rows",
+    "Tokens",
+    "chat_messages",
+    "cut_windows",
+    "encode",
+    "load_texts",
+    "local_file",
+    "make_tokens",
+    "start_tokens",
+]
 
 
 @dataclass(frozen=True)

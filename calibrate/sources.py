@@ -58,10 +58,7 @@ def load_texts(
 
         held_out = split in ("test", "validation")  # every fourth topic is kept for evaluation
         return Rows(topics[key] for number, key in enumerate(sorted(topics)) if (number % 4 == 3) == held_out)
-    path = Path(dataset).expanduser()
-    if path.suffix in _TEXT_SUFFIXES or path.suffix in {".jsonl", ".parquet"}:
-        if not path.is_file():
-            raise CompressError(f"data file {dataset} does not exist")
+    if (path := local_file(dataset)) is not None:
         if path.suffix in _TEXT_SUFFIXES:
             return _not_empty(Rows([_read(path)]), dataset)
         found = _json_lines(path) if path.suffix == ".jsonl" else _parquet(path)
@@ -72,6 +69,20 @@ def load_texts(
         notes = (f"only the first {rows} rows of {dataset} were read",) if len(found) == rows else ()
         return _texts(found, column, chat, dataset, notes)
     return _texts(list(_load_dataset(name, dataset, name=config or known_config, split=split)), column, chat, dataset)
+
+
+def local_file(dataset: str) -> Path | None:
+    """The file that a source names, None of other sources.
+
+    Raises:
+        CompressError: it is not there.
+    """
+    path = Path(dataset).expanduser()
+    if path.suffix not in _TEXT_SUFFIXES and path.suffix not in {".jsonl", ".parquet"}:
+        return None
+    if not path.is_file():
+        raise CompressError(f"data file {dataset} does not exist")
+    return path
 
 
 def _given(rows: Sequence[Row]) -> Rows:

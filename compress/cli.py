@@ -73,6 +73,7 @@ def model_command(
 ) -> None:
     """Calibrate, compress and save a model; the same command resumes a run that was cut off."""
     load_libraries()
+    from compress.calibrate import data
     from compress.earlier import require_trials
     from compress.forecast import forecast_table
     from compress.prepare import prepare
@@ -84,6 +85,7 @@ def model_command(
     if name is None:
         raise CompressError("no model: give MODEL, or a recipe with a `model` key")
     if dry_run:
+        data.local_file(checked.calibration.dataset)
         prepared = prepare(name, checked, device)
         if trials_from is not None:
             require_trials(trials_from, prepared)

@@ -78,6 +78,8 @@ def run(
     staging = staging_of(output)
     recipe = recipe.model_copy(update={"model": name or str(model)})  # the recipe.yaml of the result repeats this run
     _require_new(output, recipe)
+    if texts is None:
+        data.local_file(recipe.calibration.dataset)  # before a model is fetched for nothing
     prepared = prepare(model, recipe, device)
     if trials_from is not None:
         require_trials(Path(trials_from), prepared)

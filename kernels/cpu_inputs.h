@@ -94,9 +94,10 @@ struct Inputs {
                 low = low < -bound ? -bound : low;
                 high = high > bound ? bound : high;
             }
-            float step = (high - low) / most;
+            const float span = high - low;
+            float step = span / most;
             if (!(step > 0)) step = 1;
-            const float zero = std::nearbyint(-low / step);
+            const float zero = std::nearbyint(-low / (span > 0 ? span : 1) * most);
             const bool finite = square == square && step * 0 == 0;  // a NaN or an infinity makes the token NaN
             auto code = [&](long k) {
                 const float above = std::nearbyint(v[k] / step) + zero;

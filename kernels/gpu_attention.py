@@ -2,11 +2,14 @@
 
 A program of `group_scores` takes one row of keys: it multiplies its scales into all queries of the head once, then cuts the
 codes of `TOKENS` tokens at a time out of their bytes and meets them by a matrix product, so the queries that share a KV head
-share the unpacking. A program of `group_sums` takes some hundred tokens and `CHANNELS` channels of values; its sums are
-added up outside (split-KV). A whole number of up to 255 is exact in tf32, the other factor is split in three.
+share the unpacking. A program of `group_sums` takes some hundred tokens and `CHANNELS` channels of values, which share their
+scales where that can be, so that these multiply the weights; its sums are added up outside (split-KV). A whole number of up
+to 255 is exact in tf32, the other factor is split in two. Widths are multiples of 8.
 """
 
 from __future__ import annotations
+
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -14,25 +17,38 @@ from torch import Tensor
 from compress.kernels.gpu import precision, triton
 from compress.kernels.layout import outer_stride, tokens_of_row
 
-TOKENS = 32  # cut out at a time
+TOKENS = 32  # of a row of keys, cut out at a time
 QUERIES = 16  # of a KV head at a time: tensor cores take no fewer, and the registers of wide heads no more
-PART, CHANNELS = 512, 64  # tokens and channels of a program of group_sums
+PART, CHANNELS, SUMMED = 512, 64, 128  # tokens and channels of a program of group_sums, tokens at a time
 WARPS = 4
 
 if triton:
     import triton.language as tl
 
     from compress.kernels.gpu import _affine
+    from compress.kernels.gpu_tiles import eights, joined
 
     @triton.jit
-    def _cut(row, k, inside, BITS: tl.constexpr):
-        """Codes k of rows, fp32: the byte each begins in, and the next where it does not end there."""
-        shift = (k * BITS) % 8
-        at = row + (k * BITS) // 8
-        code = tl.load(at, mask=inside, other=0).to(tl.int32) >> shift
-        if 8 % BITS != 0:
-            code |= tl.load(at + 1, mask=inside & (shift + BITS > 8), other=0).to(tl.int32) << (8 - shift)
-        return (code & ((1 << BITS) - 1)).to(tl.float32)
+    def _codes(row, e, used, BITS: tl.constexpr):
+        """Codes of runs e of rows, [R, 8 E] fp32."""
+        word = eights(row, e, used, BITS, False)
+        return joined(
+            _code(word, 0, BITS), _code(word, 1, BITS), _code(word, 2, BITS), _code(word, 3, BITS),
+            _code(word, 4, BITS), _code(word, 5, BITS), _code(word, 6, BITS), _code(word, 7, BITS),
+        )  # fmt: skip
+
+    @triton.jit
+    def _code(word, i: tl.constexpr, BITS: tl.constexpr):
+        return ((word >> (BITS * i)) & ((1 << BITS) - 1)).to(tl.float32)
+
+    @triton.jit
+    def _times_codes(x, code, total, PRECISION: tl.constexpr):
+        """total + x code: a code is exact in tf32, x is split in two parts."""
+        if PRECISION == "ieee":
+            return tl.dot(x, code, total, input_precision="ieee")
+        else:
+            large = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            return tl.dot(large, code, tl.dot(x - large, code, total, input_precision="tf32"), input_precision="tf32")
 
     @triton.jit
     def group_scores(
@@ -43,8 +59,9 @@ if triton:
     ):  # fmt: skip
         """scores[o, q, r G + t] = query[o, q] . (code[o, r, t] scale[o, r] + minimum[o, r] (+ centre[o]))"""
         r, o = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-        q, c = tl.arange(0, QUERIES), tl.arange(0, WIDTH)
+        q, c, e = tl.arange(0, QUERIES), tl.arange(0, WIDTH), tl.arange(0, WIDTH // 8)
         inside = c < width
+        row = packed + o * packed_outer + r * packed_row
         pair = affine + o * affine_outer + r * affine_row + c // run
         scale_unit, start_unit = 1.0, 1.0
         if EIGHT_BITS:
@@ -55,14 +72,13 @@ if triton:
             start += tl.load(centre + o * width + c, mask=inside, other=0)
         from_query = query + (o * Q + q[:, None]) * width + c[None, :]
         x = tl.load(from_query, mask=(q < Q)[:, None] & inside[None, :], other=0)
-        bias = tl.sum(x * start[None, :], 1)
+        bias = tl.broadcast_to(tl.sum(x * start[None, :], 1)[:, None], (QUERIES, TOKENS))
         x *= scale[None, :]
-        row = packed + o * packed_outer + r * packed_row
         for first in range(0, G, TOKENS):
             t = first + tl.arange(0, TOKENS)
-            used = (t < G)[:, None] & inside[None, :]
-            code = _cut(row, t[:, None] * width + c[None, :], used, BITS)
-            score = tl.dot(x, tl.trans(code), input_precision=PRECISION) + bias[:, None]
+            used = (t < G)[:, None] & (8 * e < width)[None, :]
+            code = _codes(row + t[:, None] * (width // 8 * BITS), e, used, BITS)
+            score = _times_codes(x, tl.trans(code), bias, PRECISION)
             to = scores + (o * Q + q[:, None]) * rows * G + r * G + t[None, :]
             tl.store(to, score, mask=(q < Q)[:, None] & (t < G)[None, :])
 
@@ -71,28 +87,37 @@ if triton:
         weights, packed, affine, unit_pairs, sums, Q, outer, rows, width, run, runs,
         packed_outer, packed_row, affine_outer, affine_row,
         EIGHT_BITS: tl.constexpr, BITS: tl.constexpr, QUERIES: tl.constexpr, CHANNELS: tl.constexpr, TOKENS: tl.constexpr,
-        PART: tl.constexpr, PRECISION: tl.constexpr,
+        PART: tl.constexpr, ONE_RUN: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """sums[p, o, q] = sum over the rows r of part p of weights[o, q, r] (code[o, r] scale[o, r] + minimum[o, r])"""
         p, o = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-        q, c = tl.arange(0, QUERIES), tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+        q, c0 = tl.arange(0, QUERIES), tl.program_id(2) * CHANNELS
+        c, e = c0 + tl.arange(0, CHANNELS), c0 // 8 + tl.arange(0, CHANNELS // 8)
         inside = c < width
         scale_unit, start_unit = 1.0, 1.0
         if EIGHT_BITS:
             scale_unit, start_unit = tl.load(unit_pairs + 2 * o), tl.load(unit_pairs + 2 * o + 1)
-        total = tl.zeros((QUERIES, CHANNELS), dtype=tl.float32)
+        total, bias = tl.zeros((QUERIES, CHANNELS), dtype=tl.float32), tl.zeros((QUERIES,), dtype=tl.float32)
         for first in range(0, PART, TOKENS):
             r = p * PART + first + tl.arange(0, TOKENS)
-            used = (r < rows)[:, None] & inside[None, :]
+            here = r < rows
             row = packed + o * packed_outer + r[:, None] * packed_row
-            pair = affine + o * affine_outer + r[:, None] * affine_row + (c // run)[None, :]
-            scale = _affine(pair, used, scale_unit, EIGHT_BITS)
-            value = _cut(row, c[None, :], used, BITS) * scale + _affine(pair + runs, used, start_unit, EIGHT_BITS)
+            pair = affine + o * affine_outer + r * affine_row
             at = weights + (o * Q + q[:, None]) * rows + r[None, :]
-            weight = tl.load(at, mask=(q < Q)[:, None] & (r < rows)[None, :], other=0)
-            total += tl.dot(weight, value, input_precision=PRECISION)
+            weight = tl.load(at, mask=(q < Q)[:, None] & here[None, :], other=0)
+            code = _codes(row, e, here[:, None] & (8 * e < width)[None, :], BITS)
+            if ONE_RUN:  # the program's channels share their scales
+                pair += c0 // run
+                bias += tl.sum(weight * _affine(pair + runs, here, start_unit, EIGHT_BITS)[None, :], 1)
+                weight *= _affine(pair, here, scale_unit, EIGHT_BITS)[None, :]
+                total = _times_codes(weight, code, total, PRECISION)
+            else:
+                used, pairs = here[:, None] & inside[None, :], pair[:, None] + (c // run)[None, :]
+                value = code * _affine(pairs, used, scale_unit, EIGHT_BITS)
+                value += _affine(pairs + runs, used, start_unit, EIGHT_BITS)
+                total = tl.dot(weight, value, total, input_precision=PRECISION)
         to = sums + ((p * outer + o) * Q + q[:, None]) * width + c[None, :]
-        tl.store(to, total, mask=(q < Q)[:, None] & inside[None, :])
+        tl.store(to, total + bias[:, None], mask=(q < Q)[:, None] & inside[None, :])
 
 
 def scores(
@@ -111,7 +136,7 @@ def scores(
     group_scores[(rows, batch * heads)](
         query, packed, affine, *extra, out, queries, rows, tokens, width, width // runs, runs, *_strides(packed, affine),
         EIGHT_BITS=units is not None, CENTRE=centre is not None, BITS=bits, QUERIES=QUERIES,
-        WIDTH=power(width), TOKENS=TOKENS, PRECISION=precision(), num_warps=WARPS,
+        WIDTH=power(width, 16), TOKENS=TOKENS, PRECISION=precision(), num_warps=WARPS,
     )  # fmt: skip
     return out
 
@@ -122,13 +147,15 @@ def sums(weights: Tensor, packed: Tensor, affine: Tensor, bits: int, runs: int, 
     if queries > QUERIES:
         of_queries = weights.split(QUERIES, dim=2)
         return torch.cat([sums(part, packed, affine, bits, runs, width, units) for part in of_queries], dim=2)
-    weights, parts = weights.float().contiguous(), triton.cdiv(rows, PART)
+    weights, parts, run = weights.float().contiguous(), triton.cdiv(rows, PART), width // runs
+    one_run = run % 16 == 0
+    channels = gcd(run, CHANNELS) if one_run else CHANNELS
     out = torch.empty(parts, batch, heads, queries, width, device=weights.device)
-    group_sums[(parts, batch * heads, triton.cdiv(width, CHANNELS))](
+    group_sums[(parts, batch * heads, triton.cdiv(width, channels))](
         weights, packed, affine, out if units is None else units.float().contiguous(), out, queries, batch * heads, rows,
-        width, width // runs, runs, *_strides(packed, affine),
-        EIGHT_BITS=units is not None, BITS=bits, QUERIES=QUERIES, CHANNELS=CHANNELS, TOKENS=TOKENS, PART=PART,
-        PRECISION=precision(), num_warps=WARPS,
+        width, run, runs, *_strides(packed, affine),
+        EIGHT_BITS=units is not None, BITS=bits, QUERIES=QUERIES, CHANNELS=channels, ONE_RUN=one_run,
+        TOKENS=SUMMED if one_run else TOKENS, PART=PART, PRECISION=precision(), num_warps=WARPS,
     )  # fmt: skip
     return out.sum(dim=0)
 

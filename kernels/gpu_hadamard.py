@@ -148,7 +148,8 @@ def _launch(
 ) -> None:  # fmt: skip
     transform[(len(x_MI), triton.cdiv(shape.rows, shape.taken))](
         x_MI, base, *out, shape.rows, x_MI.stride(0), out_stride, block**-0.5, plane, float(x_MI.shape[1]), top, clip,
-        ROWS=shape.taken, COLUMNS=shape.columns, CHUNK=CHUNK, PRECISION=precision(), num_warps=warps(shape), **constants,
+        ROWS=shape.taken, COLUMNS=shape.columns, CHUNK=CHUNK, PRECISION=precision(), num_warps=warps(shape),
+        enable_fp_fusion=False, **constants,
     )  # fmt: skip
 
 

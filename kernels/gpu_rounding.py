@@ -2,8 +2,8 @@
 
 What is computed is `compress.kernels.mixed_precision.rounded_activation`, per token and slice of a part. The reference makes
 some fifteen passes over the inputs; here a program reads its slice twice, the second time from the cache, and writes a byte
-per input. Divisions are rounded correctly and halves go to even, so codes, scales and zeros are those of the reference,
-but for sums of squares that are added up in another order.
+per input. Divisions are rounded correctly, halves go to even and no product is fused with a sum, so codes, scales and zeros
+are those of the reference, but for sums of squares that are added up in another order.
 
 A code q of b bits with zero z stands for (q - z) scale. Stored is
 
@@ -46,10 +46,11 @@ if triton:
         bound = tl.where(clip > 0, clip * tl.sqrt_rn(tl.div_rn(squares, count)), float("inf"))
         least = tl.maximum(tl.minimum(least, 0.0), -bound)
         most = tl.minimum(tl.maximum(most, 0.0), bound)
-        scale = tl.div_rn(most - least, top)
+        span = most - least
+        scale = tl.div_rn(span, top)
         scale = tl.where(scale > 0, scale, 1.0)
         scale = tl.where((squares == squares) & (scale < float("inf")), scale, float("nan"))
-        return scale, _nearest(tl.div_rn(-least, scale))
+        return scale, _nearest(tl.div_rn(-least, tl.where(span > 0, span, 1.0)) * top)
 
     @triton.jit
     def stored_codes(x, scale, zero, top, CENTRED: tl.constexpr):
@@ -118,6 +119,6 @@ def rounded(x_MK: Tensor, slices: int, weight_bits: int, bits: int, clip: float)
     round_slices[(len(x_MK), slices)](
         x_MK, room.codes, room.scale, room.scale if room.zero is None else room.zero, width, x_MK.stride(0), room.plane,
         float(width), float((1 << bits) - 1), clip,
-        CENTRED=bits == 8, PLANES=planes(weight_bits), BLOCK=BLOCK, num_warps=WARPS,
+        CENTRED=bits == 8, PLANES=planes(weight_bits), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return room

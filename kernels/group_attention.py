@@ -39,7 +39,7 @@ def group_scores(
         query: `[batch, heads, queries of a head, channels]`.
         packed, affine, bits, runs, units, centre: as in `expand_groups`.
     """
-    if query.is_cuda and _fits_gpu(packed, affine, query):
+    if query.is_cuda and _fits_gpu(packed, affine, query, query.shape[-1]):
         return gpu_attention.scores(query, packed, affine, bits, runs, units, centre)
     if fits_cpu(packed, affine, query, runs) and query.shape[-1] % 8 == 0:
         scores = cpu.group_scores(query, packed, affine, bits, runs, units, centre)
@@ -78,7 +78,7 @@ def group_sums(
         weights: `[batch, heads, queries of a head, tokens]`.
         packed, affine: with one token to a row.
     """
-    if weights.is_cuda and _fits_gpu(packed, affine, weights):
+    if weights.is_cuda and _fits_gpu(packed, affine, weights, width):
         return gpu_attention.sums(weights, packed, affine, bits, runs, width, units)
     if fits_cpu(packed, affine, weights, runs) and width % 8 == 0:
         sums = cpu.group_sums(weights, packed, affine, bits, runs, width, units)
@@ -104,8 +104,8 @@ def in_place(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype != torch.float64 and (device.type == "cpu" or (device.type == "cuda" and gpu.triton is not None))
 
 
-def _fits_gpu(packed: Tensor, affine: Tensor, states: Tensor) -> bool:
-    return gpu.usable(states) and one_outer(packed) and one_outer(affine)
+def _fits_gpu(packed: Tensor, affine: Tensor, states: Tensor, width: int) -> bool:
+    return width % 8 == 0 and gpu.usable(states) and one_outer(packed) and one_outer(affine)
 
 
 def _multiplied_out(

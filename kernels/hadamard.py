@@ -161,7 +161,7 @@ def _base_matrix(m: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 @cache
 def _gpu_matrix(order: int, blocks: int, device: torch.device) -> Tensor:
     """H of the order once per block, int8 on the device."""
-    return torch.kron(torch.eye(blocks, dtype=torch.int8), hadamard_matrix(order)).to(device)
+    return torch.kron(torch.eye(blocks, dtype=torch.int8, device=device), hadamard_matrix(order).to(device))
 
 
 @cache

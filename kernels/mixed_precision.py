@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.kernels import cpu, gpu, gpu_hadamard, gpu_rounded, gpu_rounding
+from compress.kernels import cpu, gpu, gpu_hadamard, gpu_products, gpu_rounded, gpu_rounding
 from compress.kernels.hadamard import gpu_base, hadamard, hadamard_cpu
 from compress.kernels.notice import reference_runs
 from compress.kernels.pack import unpack_signed
@@ -51,10 +51,11 @@ def rounded_activation(x: Tensor, bits: int, groups: int, clip: float = 0.0) -> 
     if clip:
         bound = clip * slices.square().mean(dim=-1, keepdim=True).sqrt()
         low, high = low.maximum(-bound), high.minimum(bound)
-    scale = (high - low) / ((1 << bits) - 1)
+    span, top = high - low, (1 << bits) - 1
+    scale = span / top
     scale = torch.where(scale == 0, 1, scale)  # what is not finite makes its slice so
-    zero = (-low / scale).round_()
-    codes = (slices / scale).round_().add_(zero).clamp_(0, (1 << bits) - 1)
+    zero = (-low / torch.where(span == 0, 1, span) * top).round_()  # cut on both sides: half of top, to the last bit
+    codes = (slices / scale).round_().add_(zero).clamp_(0, top)
     return codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
 
 
@@ -207,15 +208,8 @@ def mixed_precision_cuda(x: Tensor, *stored: Any) -> Tensor:
         y = gpu_rounded.product(_gpu_codes(x, parts, rotate), parts, x.dtype)
         return y.view(*x.shape[:-1], len(parts[0].packed))
     x_TI = (rotated(x, high_features) if rotate else x).reshape(-1, x.shape[-1]).contiguous()
-    if len(x_TI) > gpu.MOST_TOKENS:
-        weight = torch.empty(len(parts[0].packed), x.shape[-1], dtype=x.dtype, device=x.device)
-        for part in parts:
-            gpu.expanded(part.packed, part.scale, part.bits, group_size, weight[:, part.start : part.stop])
-        return (x_TI @ weight.T).view(*x.shape[:-1], len(parts[0].packed))
-    y = None
-    for part in parts:
-        y = gpu.integer_product(x_TI[:, part.start : part.stop], part.packed, part.scale, part.bits, group_size, add_to=y)
-    return y.to(x.dtype).view(*x.shape[:-1], len(parts[0].packed))
+    weights = [gpu_products.Weight(part.packed, part.scale, part.bits, part.width, group_size) for part in parts]
+    return gpu_products.product(x_TI, *weights).view(*x.shape[:-1], len(parts[0].packed))
 
 
 def _gpu_codes(x: Tensor, parts: list[Part], rotate: bool) -> list[gpu_rounding.Codes]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.kernels import cpu, gpu
+from compress.kernels import cpu, gpu, gpu_products
 from compress.kernels.notice import reference_runs
 from compress.kernels.pack import unpack_signed
 from compress.kernels.part import Part
@@ -139,7 +139,7 @@ def sparse_dictionary_cpu(x: Tensor, *stored: Any) -> Tensor:
 
 @sparse_dictionary.register_kernel("cuda")
 def sparse_dictionary_cuda(x: Tensor, *stored: Any) -> Tensor:
-    """Few tokens: the Triton kernels on packed codes. Many: codes expanded once, cuBLAS."""
+    """Few tokens: the Triton kernel on packed codes. Many: codes expanded once by another, cuBLAS."""
     values, mask, scale, _, _, unit_atoms, learned, _, bits, group, _ = stored
     x_MI, units = x.reshape(-1, x.shape[-1]), x.shape[-1] if unit_atoms else 0
     whole = bits == 16 or (group % 8 == 0 and (learned == 0 or units % 8 == 0))
@@ -147,16 +147,15 @@ def sparse_dictionary_cuda(x: Tensor, *stored: Any) -> Tensor:
     whole &= not parts_apart or (mask is not None and group > 0)
     if not whole:
         reference_runs(f"no GPU kernel walks groups of {group} over {units} + {learned} atoms")
-    if not whole or len(x_MI) > gpu.MOST_TOKENS or not gpu.usable(x):
+    if not whole or not gpu.usable(x):
         return sparse_dictionary_reference(x, *stored)
     u_MA = _coded(x_MI, *stored)
-    if mask is not None:
-        y = gpu.sparse_product(u_MA, values, scale, mask, units, bits, group)
-    elif bits == 16:
+    if mask is None and bits == 16:
         y = u_MA @ values.to(x.dtype).T
     else:
-        y = gpu.integer_product(u_MA, values, scale, bits, group)
-    return y.to(x.dtype).view(*x.shape[:-1], len(values))
+        weight = gpu_products.Weight(values, scale, bits, u_MA.shape[1], group, mask, units)
+        y = gpu_products.product(u_MA, weight)
+    return y.view(*x.shape[:-1], len(values))
 
 
 def _coded(x_MI: Tensor, *stored: Any) -> Tensor:

@@ -134,6 +134,7 @@ MISTAKES = {
     "ratio": (["--set", "weights.ratio=1.2"], "less than 1, got 1.2"),
     "unreachable": (["--set", "weights.ratio=0.97"], r"model\.layers\.0\.\S+: ratio 0\.97 leaves no room"),
     "missing data": (["--set", "calibration.dataset=none.txt"], "none.txt does not exist"),
+    "missing data of a dry run": (["--set", "calibration.dataset=none.txt", "--dry-run"], "none.txt does not exist"),
     "little data": (["--set", "calibration.samples=99999999"], "more; lower calibration.samples"),
     "no hub": (["--set", "calibration.dataset=wikitext2"], "python-docs or a local"),
     "no output": (["-o", ""], "no output|-o"),

@@ -1,5 +1,6 @@
-"""Run by test_gpu.py in a process of its own: Triton's interpreter must be chosen before a kernel is defined. The one
-argument is the device: cpu, which means the interpreter, or cuda, which means the hardware.
+"""Run by test_gpu.py in a process of its own: Triton's interpreter must be chosen before a kernel is defined. The
+first argument is the device: cpu, which means the interpreter, or cuda, which means the hardware; others are the widths
+to try, all if there are none.
 
 Prints one JSON object: for every case the largest error, relative to the sum of absolute terms.
 """
@@ -14,7 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1" if sys.argv[1] == "cpu" else "0"
 
 import torch
 
-from compress.kernels import gpu, gpu_attention
+from compress.kernels import gpu, gpu_attention, gpu_products
 from compress.kernels.affine_groups import EIGHT_BITS, expand_groups_reference
 from compress.kernels.group_attention import group_scores_reference, group_sums_reference
 from compress.kernels.mixed_precision import dequantize_part
@@ -22,6 +23,7 @@ from compress.kernels.pack import pack, pack_signed
 from compress.kernels.sparse_dictionary import pack_mask
 
 torch.set_default_device(sys.argv[1])
+WIDTHS = {int(bits) for bits in sys.argv[2:]} or {2, 3, 4, 5, 8, 16}
 torch.manual_seed(0)
 errors: dict[str, float] = {}
 
@@ -35,30 +37,43 @@ def poisoned(*shape: int) -> torch.Tensor:
     return torch.full(shape, torch.nan)
 
 
-for bits in (2, 3, 4, 8):
-    for rows, width, group in ((5, 13, 0), (17, 264, 40)):
+def expand_case(name: str, stored: gpu_products.Weight, weight: torch.Tensor) -> None:
+    """Into a slice of a wider matrix, whose margins must stay as they are."""
+    out = poisoned(len(weight), stored.columns + 4)
+    gpu_products.expanded(stored, out[:, 1:-3])
+    clean = out[:, 0].isnan().all() and out[:, -3:].isnan().all()
+    errors[f"expand {name}"] = float((out[:, 1:-3] - weight).abs().max()) if clean else 1.0
+
+
+def product_case(name: str, x: torch.Tensor, *stored: gpu_products.Weight, weight: torch.Tensor) -> None:
+    """fp16 results are rounded to 11 bits at the end."""
+    note(name, gpu_products.product(x, *stored), x, weight)
+    errors[name] /= 1 if x.dtype == torch.float32 else 2048
+
+
+for bits in sorted(WIDTHS & {2, 3, 4, 5, 8}):
+    for rows, width, group in ((5, 13, 0), (70, 264, 40), (3, 900, 64), (3, 300, 256)):
         half = 1 << (bits - 1)
         codes = torch.randint(-half, half, (rows, width))
         codes[0], codes[-1] = -half, half - 1
         packed, scale = pack_signed(codes, bits), torch.randn(rows, -(-width // (group or width))).bfloat16()
         weight = dequantize_part(packed, scale, bits, width, group)
-        for tokens, dtype in ((1, torch.float32), (2, torch.float16)):
-            x = torch.randn(tokens, width + 7).to(dtype)[:, 3 : 3 + width]  # a slice of wider inputs
-            name = f"decode {bits} bits {rows}x{width} groups of {group} tokens {tokens}"
-            first = gpu.integer_product(x, packed, scale, bits, group, None)
-            note(name, first, x, weight)
-            if rows > 9:
+        stored = gpu_products.Weight(packed, scale, bits, width, group)
+        case = f"{bits} bits {rows}x{width} groups of {group}"
+        expand_case(case, stored, weight)
+        for tokens, dtype in ((1, torch.float32), (2, torch.float16), (33, torch.float32)):
+            if tokens > 2 and bits != 4:
                 continue
-            note(f"{name} added", gpu.integer_product(x, packed, scale, bits, group, first.clone()) - first, x, weight)
-        out = poisoned(rows, width + 4)
-        gpu.expanded(packed, scale, bits, group, out[:, 1 : 1 + width])
-        clean = out[:, 0].isnan().all() and out[:, 1 + width :].isnan().all()
-        errors[f"expand {bits} bits {rows}x{width} groups of {group}"] = (
-            float((out[:, 1 : 1 + width] - weight).abs().max()) if clean else 1.0
-        )
+            x = torch.randn(tokens, width + 7).to(dtype)[:, 3 : 3 + width]  # a slice of wider inputs
+            product_case(f"product {case} tokens {tokens}", x, stored, weight=weight)
+        if group:
+            both = torch.cat([weight, weight], dim=1)  # two parts
+            product_case(f"product of two parts {case}", torch.randn(2, 2 * width), stored, stored, weight=both)
 
-for bits in (3, 4, 8, 16):
-    for rows, units, learned, nonzeros, group in ((5, 13, 0, 4, 0), (17, 296, 24, 100, 40), (3, 0, 30, 29, 0)):
+for bits in sorted(WIDTHS & {3, 4, 8, 16}):
+    for rows, units, learned, nonzeros, group in (
+        (5, 13, 0, 4, 0), (17, 296, 24, 100, 40), (3, 0, 30, 29, 0), (66, 640, 0, 300, 128), (3, 256, 72, 50, 64)
+    ):  # fmt: skip
         atoms = units + learned
         mask = torch.zeros(rows, atoms, dtype=torch.bool)
         for row in mask:
@@ -77,12 +92,12 @@ for bits in (3, 4, 8, 16):
             weight = codes * scale.float()[:, number]
             if group == 0 and len(parts) > 1:
                 continue
-        for tokens in (1, 2) if rows < 9 else (1,):
-            x = torch.randn(tokens, atoms)
-            got = gpu.sparse_product(x, values, scale, pack_mask(mask), units, bits, group)
-            name = f"sparse {bits} bits {rows}x{units}+{learned} s {nonzeros} groups of {group} tokens {tokens}"
-            note(name, got, x, weight)
-for bits in (2, 3, 4, 8):
+        stored = gpu_products.Weight(values, scale, bits, atoms, group, pack_mask(mask), units)
+        case = f"sparse {bits} bits {rows}x{units}+{learned} s {nonzeros} groups of {group}"
+        expand_case(case, stored, weight)
+        for tokens, dtype in ((1, torch.float32), (2, torch.float16)):
+            product_case(f"{case} tokens {tokens}", torch.randn(tokens, atoms).to(dtype), stored, weight=weight)
+for bits in sorted(WIDTHS & {2, 3, 4, 8}):
     for rows, per_row, runs, run, kind in (
         (3, 8, 16, 1, EIGHT_BITS),
         (37, 1, 2, 24, torch.bfloat16),
@@ -109,9 +124,9 @@ for bits in (2, 3, 4, 8):
         )
 
 
-for bits in (2, 3, 4, 8):
+for bits in sorted(WIDTHS & {2, 3, 4, 8}):
     for rows, tokens, queries, runs, run, kind in (
-        (3, 40, 3, 48, 1, EIGHT_BITS), (2, 8, 1, 5, 4, torch.bfloat16), (1, 33, 17, 16, 1, torch.float16)
+        (3, 40, 3, 48, 1, EIGHT_BITS), (2, 8, 1, 6, 4, torch.bfloat16), (1, 33, 17, 16, 1, torch.float16)
     ):  # fmt: skip
         width = runs * run
         codes = torch.randint(0, 1 << bits, (2, 3, rows, tokens * width), dtype=torch.uint8)
@@ -126,7 +141,11 @@ for bits in (2, 3, 4, 8):
         want = group_scores_reference(query, *case, units, centre)
         got = gpu_attention.scores(query, *case, units, centre)
         errors[f"scores {name}"] = float((got - want).abs().max() / want.abs().max())
-    for rows, queries, runs, run, kind in ((5, 3, 2, 24, EIGHT_BITS), (601, 1, 1, 32, torch.bfloat16)):
+    for rows, queries, runs, run, kind in (
+        (5, 3, 2, 24, EIGHT_BITS),
+        (601, 1, 2, 32, torch.bfloat16),
+        (70, 2, 1, 48, EIGHT_BITS),
+    ):
         width = runs * run
         codes = torch.randint(0, 1 << bits, (2, 3, rows, width), dtype=torch.uint8)
         affine, units = torch.randn(2, 3, rows, 2 * runs).to(kind), None

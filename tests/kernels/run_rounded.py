@@ -123,6 +123,7 @@ def note_product(name: str, x: torch.Tensor, low_bits: int, high_bits: int, high
 FORMS = [
     (4, 8, 8, 72, 37, 0, 4, 1), (4, 6, 16, 80, 33, 0, 4, 2), (8, 8, 0, 40, 5, 0, 8, 1), (4, 8, 0, 13, 3, 0, 8, 1),
     (4, 8, 24, 128, 9, 40, 4, 1), (3, 5, 8, 48, 5, 0, 4, 1), (2, 7, 16, 112, 5, 48, 8, 2), (6, 6, 0, 200, 5, 0, 4, 1),
+    (4, 8, 24, 600, 9, 144, 4, 1), (8, 8, 0, 640, 5, 0, 8, 1),  # programs share the columns
 ]  # fmt: skip
 for form in FORMS:
     low_bits, high_bits, high, width, rows, group, activation_bits, slices = form
