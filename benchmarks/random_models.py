@@ -56,7 +56,7 @@ def random_model(shape: str, dtype: torch.dtype, recipe: str | None = None, devi
                 part.copy_(pattern[: len(part)])
         elif name.endswith(".mask"):
             spec = model.get_submodule(name.removesuffix(".mask")).spec
-            tensor.copy_(_mask(spec["out_features"], all_atoms(spec), spec["num_nonzeros"], tensor.device))
+            tensor.copy_(_mask(spec["out_features"], all_atoms(spec), spec["num_nonzeros"], device))
         else:
             tensor.random_(0, 256)
     for module in model.modules():  # what to_empty left unset: rotary tables
@@ -80,6 +80,6 @@ def _replace_linears(model: nn.Module, recipe: Recipe) -> None:
             model.set_submodule(name, build(spec))
 
 
-@cache  # the same for all layers of a shape
-def _mask(rows: int, atoms: int, nonzeros: int, device: torch.device) -> torch.Tensor:
-    return pack_mask(largest_per_row(torch.rand(rows, atoms, device=device), nonzeros))
+@cache  # the same for all layers of a shape; kept on the CPU, so that no later model's memory counts it
+def _mask(rows: int, atoms: int, nonzeros: int, device: str) -> torch.Tensor:
+    return pack_mask(largest_per_row(torch.rand(rows, atoms, device=device), nonzeros)).cpu()

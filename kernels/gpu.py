@@ -109,7 +109,7 @@ def shares(steps: int, warps: int, tokens: int, row_bytes: int, device: torch.de
 
     They fill the GPU, but sums are not to move more bytes than the rows of the weight do: 4 written and read per token.
     """
-    wanted = min(FULL * processors(device) // max(1, warps), row_bytes // (8 * tokens))
+    wanted = min(FULL * processors(device) // max(1, warps), row_bytes // (8 * max(1, tokens)))
     each = -(-steps // max(1, min(steps, wanted)))
     return -(-steps // each), each
 

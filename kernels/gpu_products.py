@@ -93,12 +93,12 @@ if triton:
             next_stored = stored_of(values, row_values, mask, mask_bytes, n, step + 1, stop, here, BITS, MASKED, EIGHTS)
             seen = _inputs(x, x_stride, m, there, step, stop, EIGHTS)
             next_seen = _inputs(x, x_stride, m, there, step + 1, stop, EIGHTS)
-            weight, before = tile_of(stored, values, row_values, before, n, BITS, MASKED, kind, ROWS, EIGHTS)
+            weight, before = tile_of(stored, values, row_values, before, n, BITS, MASKED, kind)
             total = _add_step(
                 total, seen, weight, scale, n, groups, step, stop, units, unit_groups, group_size, here, BITS, SCALED, ROWS,
                 EIGHTS, PRECISION,
             )  # fmt: skip
-            weight, before = tile_of(next_stored, values, row_values, before, n, BITS, MASKED, kind, ROWS, EIGHTS)
+            weight, before = tile_of(next_stored, values, row_values, before, n, BITS, MASKED, kind)
             total = _add_step(
                 total, next_seen, weight, scale, n, groups, step + 1, stop, units, unit_groups, group_size, here, BITS,
                 SCALED, ROWS, EIGHTS, PRECISION,
@@ -120,7 +120,7 @@ if triton:
             before = values_before(mask, mask_bytes, n, first * EIGHTS, here, ROWS, EIGHTS)
         for step in tl.range(first, last, num_stages=1):
             stored = stored_of(values, row_values, mask, mask_bytes, n, step, K, here, BITS, MASKED, EIGHTS)
-            weight, before = tile_of(stored, values, row_values, before, n, BITS, MASKED, tl.float32, ROWS, EIGHTS)
+            weight, before = tile_of(stored, values, row_values, before, n, BITS, MASKED, tl.float32)
             if BITS < 16:
                 weight *= _factors(scale, n, groups, step, K, units, unit_groups, group_size, here, ROWS, EIGHTS)
             k = step * 8 * EIGHTS + tl.arange(0, 8 * EIGHTS)
@@ -137,7 +137,7 @@ class Weight:
     ):  # fmt: skip
         self.columns, self.rows = columns, len(values)
         units, group = columns if units is None else units, group_size or columns
-        whole = group >= columns
+        whole = scale is None or group >= columns
         fit = COLUMNS if whole else math.gcd(group, COLUMNS)
         parted = scale is not None and 0 < units < columns and units % fit != 0
         self.scaled = scale is not None and (fit < LEAST_COLUMNS or parted)
@@ -165,9 +165,9 @@ class Tile(NamedTuple):
     columns: int
 
 
-def tile(tokens: int, scaled: bool, hopper: bool) -> Tile:
+def tile(tokens: int, scaled: bool, large: bool) -> Tile:
     """The largest that the tokens fill and that does not spill; Hopper multiplies out of shared memory."""
-    most = MOST_TOKENS if hopper else 16 if scaled else 32
+    most = MOST_TOKENS if large else 16 if scaled else 32
     taken = min(most, max(16, 1 << (tokens - 1).bit_length()))
     return Tile(taken, COLUMNS // 2 if scaled or taken > 16 else COLUMNS)
 

@@ -60,7 +60,8 @@ if triton:
         seen = codes + m0.to(tl.int64) * (PLANES * plane) + tl.arange(0, TOKENS)[None, :] * (PLANES * plane)
         row = packed + n0.to(tl.int64) * row_bytes + tl.arange(0, ROWS)[:, None] * row_bytes
         begin, end = p * share, tl.minimum((p + 1) * share, runs)
-        for s in range(begin // segment, tl.cdiv(end, segment)):
+        stop_at = tl.where(begin < runs, tl.cdiv(end, segment), 0)  # of the shorter part a share may be empty
+        for s in range(begin // segment, stop_at):
             start = tl.multiple_of(tl.maximum(s * segment, begin), ALIGN)
             stop = tl.minimum((s + 1) * segment, end)
             product = tl.zeros((ROWS, TOKENS), tl.int32)

@@ -80,7 +80,7 @@ if triton:
     @triton.jit
     def tile_of(
         stored, values, row_values, before, n,
-        BITS: tl.constexpr, MASKED: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, EIGHTS: tl.constexpr,
+        BITS: tl.constexpr, MASKED: tl.constexpr, KIND: tl.constexpr,
     ):  # fmt: skip
         """Numbers of rows n and the columns of a step, [ROWS, 8 EIGHTS], and how many values the rows have had by then."""
         if BITS == 8 and not MASKED:

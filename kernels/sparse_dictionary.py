@@ -141,7 +141,7 @@ def sparse_dictionary_cpu(x: Tensor, *stored: Any) -> Tensor:
 def sparse_dictionary_cuda(x: Tensor, *stored: Any) -> Tensor:
     """Few tokens: the Triton kernel on packed codes. Many: codes expanded once by another, cuBLAS."""
     values, mask, scale, _, _, unit_atoms, learned, _, bits, group, _ = stored
-    x_MI, units = x.reshape(-1, x.shape[-1]), x.shape[-1] if unit_atoms else 0
+    x_MI, units = x.reshape(-1, x.shape[-1]).contiguous(), x.shape[-1] if unit_atoms else 0
     whole = bits == 16 or (group % 8 == 0 and (learned == 0 or units % 8 == 0))
     parts_apart = bits < 16 and units > 0 and learned > 0  # two groups: one walk must know where they part
     whole &= not parts_apart or (mask is not None and group > 0)

@@ -18,13 +18,14 @@ import torch
 from compress.kernels import gpu, gpu_attention, gpu_products
 from compress.kernels.affine_groups import EIGHT_BITS, expand_groups_reference
 from compress.kernels.group_attention import group_scores_reference, group_sums_reference
-from compress.kernels.mixed_precision import dequantize_part
+from compress.kernels.mixed_precision import dequantize_part, mixed_precision_cuda
 from compress.kernels.pack import pack, pack_signed
-from compress.kernels.sparse_dictionary import pack_mask
+from compress.kernels.sparse_dictionary import pack_mask, sparse_dictionary_cuda
 
 torch.set_default_device(sys.argv[1])
 WIDTHS = {int(bits) for bits in sys.argv[2:]} or {2, 3, 4, 5, 8, 16}
 torch.manual_seed(0)
+HALF = torch.float16 if sys.argv[1] == "cpu" else torch.bfloat16  # the interpreter gets bf16 wrong
 errors: dict[str, float] = {}
 
 
@@ -46,9 +47,13 @@ def expand_case(name: str, stored: gpu_products.Weight, weight: torch.Tensor) ->
 
 
 def product_case(name: str, x: torch.Tensor, *stored: gpu_products.Weight, weight: torch.Tensor) -> None:
-    """fp16 results are rounded to 11 bits at the end."""
-    note(name, gpu_products.product(x, *stored), x, weight)
-    errors[name] /= 1 if x.dtype == torch.float32 else 2048
+    compare(name, gpu_products.product(x, *stored), x, weight)
+
+
+def compare(name: str, got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Results of 16 bits are rounded once at the end, to 11 or 8 of them."""
+    note(name, got, x, weight)
+    errors[name] /= {torch.float32: 1, torch.float16: 2048, torch.bfloat16: 8192}[x.dtype]
 
 
 for bits in sorted(WIDTHS & {2, 3, 4, 5, 8}):
@@ -61,7 +66,7 @@ for bits in sorted(WIDTHS & {2, 3, 4, 5, 8}):
         stored = gpu_products.Weight(packed, scale, bits, width, group)
         case = f"{bits} bits {rows}x{width} groups of {group}"
         expand_case(case, stored, weight)
-        for tokens, dtype in ((1, torch.float32), (2, torch.float16), (33, torch.float32)):
+        for tokens, dtype in ((1, torch.float32), (2, HALF), (33, torch.float32)):
             if tokens > 2 and bits != 4:
                 continue
             x = torch.randn(tokens, width + 7).to(dtype)[:, 3 : 3 + width]  # a slice of wider inputs
@@ -72,15 +77,17 @@ for bits in sorted(WIDTHS & {2, 3, 4, 5, 8}):
 
 for bits in sorted(WIDTHS & {3, 4, 8, 16}):
     for rows, units, learned, nonzeros, group in (
-        (5, 13, 0, 4, 0), (17, 296, 24, 100, 40), (3, 0, 30, 29, 0), (66, 640, 0, 300, 128), (3, 256, 72, 50, 64)
+        (5, 13, 0, 4, 0), (17, 296, 24, 100, 40), (3, 0, 30, 29, 0), (66, 640, 0, 300, 128), (3, 256, 72, 50, 64),
+        (2, 296, 64, 80, 128),
     ):  # fmt: skip
         atoms = units + learned
         mask = torch.zeros(rows, atoms, dtype=torch.bool)
         for row in mask:
             row[torch.randperm(atoms)[:nonzeros]] = True
         if bits == 16:
-            codes, scale, group = torch.randn(rows, atoms).bfloat16() * mask, None, 0
+            codes, scale = torch.randn(rows, atoms).bfloat16() * mask, None
             values, weight = codes[mask].view(rows, -1), codes.float()
+            group = 40  # means nothing to values that are not rounded
         else:
             half = 1 << (bits - 1)
             codes = torch.randint(-half, half, (rows, atoms)) * mask
@@ -95,8 +102,26 @@ for bits in sorted(WIDTHS & {3, 4, 8, 16}):
         stored = gpu_products.Weight(values, scale, bits, atoms, group, pack_mask(mask), units)
         case = f"sparse {bits} bits {rows}x{units}+{learned} s {nonzeros} groups of {group}"
         expand_case(case, stored, weight)
-        for tokens, dtype in ((1, torch.float32), (2, torch.float16)):
+        for tokens, dtype in ((1, torch.float32), (2, HALF)):
             product_case(f"{case} tokens {tokens}", torch.randn(tokens, atoms).to(dtype), stored, weight=weight)
+gpu.usable = lambda x: x.dtype != torch.float64
+if 4 in WIDTHS:  # the dispatch as a whole: no tokens, few, many, and inputs that are a view
+    low, high = torch.randint(-8, 8, (9, 72)), torch.randint(-32, 32, (9, 16))
+    mask = torch.zeros(9, 88, dtype=torch.bool)
+    mask[:, ::2] = True
+    for tokens in (0, 1, 65):
+        for view in (False, True):
+            x = torch.randn(88, tokens).T if view else torch.randn(tokens, 88)
+            parts = pack_signed(low, 4), torch.rand(9, 1).bfloat16(), pack_signed(high, 6), torch.rand(9, 1).bfloat16()
+            weight = torch.cat([low * parts[1].float(), high * parts[3].float()], dim=1)
+            got = mixed_precision_cuda(x, *parts, 4, 6, 16, 0, 16, 1, 0.0, False)
+            values = torch.randn(9, 44).bfloat16()
+            sparse = torch.zeros(9, 88).masked_scatter_(mask, values.float())
+            other = sparse_dictionary_cuda(x, values, pack_mask(mask), None, None, None, True, 0, 44, 16, 0, 16)
+            assert got.shape == other.shape == (tokens, 9)
+            if tokens:
+                compare(f"dispatch of {tokens} tokens view {view}", got, x, weight)
+                compare(f"sparse dispatch of {tokens} tokens view {view}", other, x, sparse)
 for bits in sorted(WIDTHS & {2, 3, 4, 8}):
     for rows, per_row, runs, run, kind in (
         (3, 8, 16, 1, EIGHT_BITS),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+from compress.kernels.gpu_products import COLUMNS, MOST_TOKENS, tile
 from helpers import DEVICES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,9 +28,9 @@ def measured(script: str, device: str) -> dict:
 @pytest.mark.parametrize("device", DEVICES)
 def test_numbers(device: str) -> None:
     errors = measured("run_kernels.py", device)
-    assert len(errors) > 47
+    assert len(errors) > 180
     worst = max(errors, key=errors.get)
-    assert errors[worst] < 3e-6, f"{worst}: {errors[worst]}"  # measured: 1.3e-6, fp32 sums of 601 tokens
+    assert errors[worst] < 3e-6, f"{worst}: {errors[worst]}"  # measured: 1.3e-6 and, on an H100, 2.1e-6
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -55,3 +56,12 @@ def test_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["target"] for line in lines} == {"sm_90"}
     assert all(line["spills"] == 0 for line in lines)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("hopper", [True, False])
+def test_tiles_follow_the_tokens(hopper: bool, scaled: bool) -> None:
+    found = [tile(tokens, scaled, hopper) for tokens in (1, 16, 17, 33, MOST_TOKENS)]
+    assert found[0] == found[1] == (16, COLUMNS // 2 if scaled else COLUMNS)
+    assert [taken.tokens for taken in found[2:]] == ([32, 64, 64] if hopper else [16] * 3 if scaled else [32] * 3)
+    assert all(taken.columns == COLUMNS // 2 for taken in found[2:])
