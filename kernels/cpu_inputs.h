@@ -89,15 +89,16 @@ struct Inputs {
             }
             float low = 0, high = 0, square = 0;
             for (int i = 0; i < 8; i++) low = std::fmin(low, lows[i]), high = std::fmax(high, highs[i]), square += squares[i];
+            bool halved = false;  // cut on both sides
             if (part.clip > 0) {
                 const float bound = part.clip * std::sqrt(square / float(slice));
                 low = low < -bound ? -bound : low;
                 high = high > bound ? bound : high;
+                halved = low == -bound && high == bound && bound > 0;
             }
-            const float span = high - low;
-            float step = span / most;
+            float step = (high - low) / most;
             if (!(step > 0)) step = 1;
-            const float zero = std::nearbyint(-low / (span > 0 ? span : 1) * most);
+            const float zero = halved ? (most + 1) / 2 : std::nearbyint(-low / step);
             const bool finite = square == square && step * 0 == 0;  // a NaN or an infinity makes the token NaN
             auto code = [&](long k) {
                 const float above = std::nearbyint(v[k] / step) + zero;

@@ -46,11 +46,11 @@ if triton:
         bound = tl.where(clip > 0, clip * tl.sqrt_rn(tl.div_rn(squares, count)), float("inf"))
         least = tl.maximum(tl.minimum(least, 0.0), -bound)
         most = tl.minimum(tl.maximum(most, 0.0), bound)
-        span = most - least
-        scale = tl.div_rn(span, top)
+        halved = (least == -bound) & (most == bound) & (bound > 0)
+        scale = tl.div_rn(most - least, top)
         scale = tl.where(scale > 0, scale, 1.0)
         scale = tl.where((squares == squares) & (scale < float("inf")), scale, float("nan"))
-        return scale, _nearest(tl.div_rn(-least, tl.where(span > 0, span, 1.0)) * top)
+        return scale, tl.where(halved, (top + 1.0) * 0.5, _nearest(tl.div_rn(-least, scale)))
 
     @triton.jit
     def stored_codes(x, scale, zero, top, CENTRED: tl.constexpr):

@@ -51,10 +51,12 @@ def rounded_activation(x: Tensor, bits: int, groups: int, clip: float = 0.0) -> 
     if clip:
         bound = clip * slices.square().mean(dim=-1, keepdim=True).sqrt()
         low, high = low.maximum(-bound), high.minimum(bound)
-    span, top = high - low, (1 << bits) - 1
-    scale = span / top
+    top = (1 << bits) - 1
+    scale = (high - low) / top
     scale = torch.where(scale == 0, 1, scale)  # what is not finite makes its slice so
-    zero = (-low / torch.where(span == 0, 1, span) * top).round_()  # cut on both sides: half of top, to the last bit
+    zero = (-low / scale).round_()
+    if clip:  # cut on both sides the zero is a tie, and would hang on the last bit of the bound
+        zero = torch.where((low == -bound) & (high == bound) & (bound > 0), 1 << (bits - 1), zero)
     codes = (slices / scale).round_().add_(zero).clamp_(0, top)
     return codes.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
 
