@@ -26,20 +26,16 @@ if triton:
     import triton.language as tl
 
     from compress.kernels.gpu import _affine
-    from compress.kernels.gpu_tiles import eights, joined
+    from compress.kernels.gpu_tiles import code_of, eights, joined
 
     @triton.jit
     def _codes(row, e, used, BITS: tl.constexpr):
         """Codes of runs e of rows, [R, 8 E] fp32."""
         word = eights(row, e, used, BITS, False)
         return joined(
-            _code(word, 0, BITS), _code(word, 1, BITS), _code(word, 2, BITS), _code(word, 3, BITS),
-            _code(word, 4, BITS), _code(word, 5, BITS), _code(word, 6, BITS), _code(word, 7, BITS),
-        )  # fmt: skip
-
-    @triton.jit
-    def _code(word, i: tl.constexpr, BITS: tl.constexpr):
-        return ((word >> (BITS * i)) & ((1 << BITS) - 1)).to(tl.float32)
+            code_of(word, 0, BITS), code_of(word, 1, BITS), code_of(word, 2, BITS), code_of(word, 3, BITS),
+            code_of(word, 4, BITS), code_of(word, 5, BITS), code_of(word, 6, BITS), code_of(word, 7, BITS),
+        ).to(tl.float32)  # fmt: skip
 
     @triton.jit
     def _times_codes(x, code, total, PRECISION: tl.constexpr):

@@ -197,18 +197,17 @@ def expanded(weight: Weight, out_NK: Tensor) -> None:
 
 def _product(inputs: list[Tensor], weights: tuple[Weight, ...]) -> Tensor:
     (tokens, _), rows, like = inputs[0].shape, weights[0].rows, inputs[0]
-    tiles = [tile(tokens, weight.scaled, hopper()) for weight in weights]
-    grids, shared = [], []
-    for taken, weight in zip(tiles, weights, strict=True):
-        grids.append((triton.cdiv(rows, ROWS), triton.cdiv(tokens, taken.tokens)))
-        shared.append(weight.shares(min(weight.fit, taken.columns), math.prod(grids[-1]), tokens))
-    count, first = sum(programs for programs, _ in shared), 0
+    launches, count = [], 0
+    for x, weight in zip(inputs, weights, strict=True):
+        taken = tile(tokens, weight.scaled, hopper())
+        step, tiles = min(weight.fit, taken.columns), (triton.cdiv(rows, ROWS), triton.cdiv(tokens, taken.tokens))
+        programs, steps = weight.shares(step, math.prod(tiles), tokens)
+        launches.append((x, weight, taken.tokens, step, (tiles[0], programs, tiles[1]), steps, count))
+        count += programs
     sums = torch.empty(count, tokens, rows, dtype=like.dtype if count == 1 else torch.float32, device=like.device)
-    for x, weight, taken, grid, (programs, steps) in zip(inputs, weights, tiles, grids, shared, strict=True):
-        packed_product[(grid[0], programs, grid[1])](
+    for x, weight, taken, step, grid, steps, first in launches:
+        packed_product[grid](
             x, *weight.tensors, sums[first:], tokens, rows, *weight.sizes, x.stride(0), steps,
-            **weight.constants, EIGHTS=min(weight.fit, taken.columns) // 8, SCALED=weight.scaled, TOKENS=taken.tokens,
-            PRECISION=precision(), num_warps=WARPS,
+            **weight.constants, EIGHTS=step // 8, SCALED=weight.scaled, TOKENS=taken, PRECISION=precision(), num_warps=WARPS,
         )  # fmt: skip
-        first += programs
     return sums[0] if count == 1 else added_up(sums, like.dtype)

@@ -25,6 +25,11 @@ if triton:
             return word
 
     @triton.jit
+    def code_of(word, i: tl.constexpr, BITS: tl.constexpr):
+        """Code i of runs read as one number."""
+        return ((word >> (BITS * i)) & ((1 << BITS) - 1)).to(tl.int32)
+
+    @triton.jit
     def joined(c0, c1, c2, c3, c4, c5, c6, c7):
         """[R, E] of columns 8 e + i, i = 0 .. 7, to [R, 8 E]: eight neighbours in the registers of a thread."""
         even, odd = tl.join(tl.join(c0, c4), tl.join(c2, c6)), tl.join(tl.join(c1, c5), tl.join(c3, c7))
@@ -55,7 +60,7 @@ if triton:
                 code = (code >> (bit & 7)) & ((1 << BITS) - 1)
                 return tl.where(kept != 0, code - half, 0).to(KIND), at + kept
         else:
-            code = ((word >> (BITS * i)) & ((1 << BITS) - 1)).to(tl.int32)
+            code = code_of(word, i, BITS)
             if tl.bfloat16 == KIND:  # below 128 a code is the end of the mantissa of 128 + code: no conversion
                 return (code | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - (128 + half), at
             else:
