@@ -87,7 +87,7 @@ for bits in sorted(WIDTHS & {3, 4, 8, 16}):
         if bits == 16:
             codes, scale = torch.randn(rows, atoms).bfloat16() * mask, None
             values, weight = codes[mask].view(rows, -1), codes.float()
-            group = 40  # means nothing to values that are not rounded
+            group = 4  # means nothing to values that are not rounded
         else:
             half = 1 << (bits - 1)
             codes = torch.randint(-half, half, (rows, atoms)) * mask
@@ -109,7 +109,7 @@ if 4 in WIDTHS:  # the dispatch as a whole: no tokens, few, many, and inputs tha
     low, high = torch.randint(-8, 8, (9, 72)), torch.randint(-32, 32, (9, 16))
     mask = torch.zeros(9, 88, dtype=torch.bool)
     mask[:, ::2] = True
-    for tokens in (0, 1, 65):
+    for tokens in (0, 1, 3, 65):
         for view in (False, True):
             x = torch.randn(88, tokens).T if view else torch.randn(tokens, 88)
             parts = pack_signed(low, 4), torch.rand(9, 1).bfloat16(), pack_signed(high, 6), torch.rand(9, 1).bfloat16()
