@@ -169,13 +169,14 @@ class BlockRunner:
         finally:
             handle.remove()
 
-    def run_to_logits(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """`(hidden, logits)` of every batch, with gradients from the logits back to what the last block gave, `hidden`."""
-        for (_, mask), hidden in zip(self.batches, self.hidden, strict=True):
-            leaf = hidden.to(self.device).clone().requires_grad_()
-            with torch.enable_grad(), self._replaced(self._behind_blocks(leaf)):
-                logits = self._call({"inputs_embeds": leaf.detach()}, mask).logits
-            yield leaf, logits
+    def logits(self, number: int, places_T: Tensor) -> tuple[Tensor, Tensor]:
+        """`(hidden, logits)` of batch `number`, with gradients from the logits `[batch, T, vocabulary]` of these places back
+        to what the last block gave, `hidden`."""
+        leaf = self.hidden[number].to(self.device).clone().requires_grad_()
+        with torch.enable_grad(), self._replaced(self._behind_blocks(leaf)):
+            output = self._call({"inputs_embeds": leaf.detach()}, self.batches[number][1], logits_to_keep=places_T)
+        logits = output.logits
+        return leaf, logits if logits.shape[1] == len(places_T) else logits[:, places_T]  # a few architectures give all
 
     def _behind_blocks(self, hidden: Tensor) -> dict[int, Callable]:
         """Forwards of all blocks under which what lies behind them gets `hidden`."""
@@ -278,10 +279,10 @@ class BlockRunner:
     def _pass(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return (hidden,) if self.returns_tuple else hidden
 
-    def _call(self, inputs: dict[str, Tensor], mask: Tensor | None) -> Any:
+    def _call(self, inputs: dict[str, Tensor], mask: Tensor | None, **options: Any) -> Any:
         self.mask = mask
         padding = {} if mask is None else {"attention_mask": mask.long().to(self.device)}
-        return self.model(**inputs, **padding, use_cache=False)
+        return self.model(**inputs, **padding, **options, use_cache=False)
 
     def _drive(self, inputs: dict[str, Tensor], mask: Tensor | None) -> None:
         try:

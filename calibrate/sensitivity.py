@@ -13,7 +13,7 @@ fitted to may count tokens by s, too (`calibration.token_weighting`). GuidedQuan
 groups of output neurons; one s for all outputs keeps one moment and one factorization for linears that share their inputs.
 
 One forward pass keeps every block's inputs on disk; one backward pass goes through the blocks from the last to the first,
-each run again with gradients. So memory is one block with its activations, as everywhere, and the logits of one batch.
+each run again with gradients. So memory is one block with its activations, as everywhere, and the logits of a few tokens.
 
 Legend: T tokens, N output neurons.
 """
@@ -21,7 +21,6 @@ Legend: T tokens, N output neurons.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +32,13 @@ from compress.calibrate.statistics import Gram
 from compress.errors import CompressError
 from compress.tensorfile import read_header, write_file
 
+_LOGITS = 1 << 24  # numbers: bounds the logits of the tokens that are behind the blocks at once
+
+
+def tokens_at_once(model: nn.Module) -> int:
+    """Of how many tokens logits are held."""
+    return max(1, _LOGITS // model.config.get_text_config(decoder=True).vocab_size)
+
 
 def output_gradients(runner: BlockRunner, batches: int | None = None, seed: int = 0) -> list[Tensor]:
     """Of the log-likelihood of sampled tokens, with respect to the last block's outputs, which `runner.hidden` must hold;
@@ -43,15 +49,19 @@ def output_gradients(runner: BlockRunner, batches: int | None = None, seed: int 
     generator = torch.Generator().manual_seed(seed)
     gradients = []
 
-    for hidden, logits in islice(runner.run_to_logits(), batches):
-        flat = logits.flatten(0, -2).float()
-        with torch.no_grad():
-            sampled = torch.multinomial(flat.softmax(dim=-1).cpu(), 1, generator=generator).to(flat.device)
-        loss = torch.nn.functional.cross_entropy(flat, sampled.squeeze(1), reduction="none")
-        if runner.mask is not None:
-            loss = loss[runner.mask.flatten().to(loss.device).bool()]
-        (gradient,) = torch.autograd.grad(loss.sum(), hidden)
-        gradients.append(gradient.cpu())
+    for number, hidden in enumerate(runner.hidden[:batches]):
+        samples, length = hidden.shape[:2]
+        gradient = torch.zeros_like(hidden)
+        for places in torch.arange(length).split(max(1, tokens_at_once(runner.model) // samples)):
+            leaf, logits = runner.logits(number, places.to(runner.device))
+            flat = logits.flatten(0, -2).float()
+            with torch.no_grad():
+                sampled = torch.multinomial(flat.softmax(dim=-1).cpu(), 1, generator=generator).to(flat.device)
+            loss = torch.nn.functional.cross_entropy(flat, sampled.squeeze(1), reduction="none")
+            if runner.mask is not None:
+                loss = loss[runner.mask[:, places].flatten().to(loss.device).bool()]
+            gradient += torch.autograd.grad(loss.sum(), leaf)[0].cpu()
+        gradients.append(gradient)
     return gradients
 
 

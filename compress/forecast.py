@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 
 from compress import methods
+from compress.calibrate.sensitivity import tokens_at_once
 from compress.errors import CompressError
 from compress.forms import Forms, is_open, kinds_of, one_of, open_jobs, planned_bytes, sizes_of
 from compress.layers import dense_bytes
@@ -20,7 +21,7 @@ from compress.report import duration, megabytes, sizes
 
 def predicted_memory_bytes(prepared: Prepared, *, trials: bool = True) -> int:
     """Largest block in the compute dtype, hidden states, the largest matrix's fp64 working set, and 700 MB of libraries; or,
-    if that is more, the head and the logits of a batch on their way back."""
+    if that is more, the head and logits on their way back."""
     options, plan = prepared.recipe.calibration, prepared.plan
     config = prepared.model.config.get_text_config(decoder=True)
     width, item = config.hidden_size, prepared.dtype.itemsize
@@ -107,11 +108,12 @@ def states_bytes(prepared: Prepared) -> int:
 
 
 def logits_bytes(prepared: Prepared) -> int:
-    """Bytes in memory of a batch's logits on the way back: as they come, in fp32, their distribution, their gradient."""
+    """Bytes in memory of the logits on the way back: as they come, in fp32, their distribution, their gradient."""
     if not _foreseen(prepared).watched:
         return 0
     vocabulary = prepared.model.config.get_text_config(decoder=True).vocab_size
-    return 4 * 4 * max(BATCH_TOKENS, prepared.recipe.calibration.length) * vocabulary
+    tokens = max(BATCH_TOKENS, prepared.recipe.calibration.length)
+    return 4 * 4 * min(tokens, tokens_at_once(prepared.model)) * vocabulary
 
 
 def _flops_per_second(device: torch.device) -> float:

@@ -20,7 +20,7 @@ from compress.plan import HEAD, Job
 from compress.prepare import Prepared
 
 STATES = "states"  # the folder, in a run's staging directory
-BATCH_TOKENS = 1024  # the logits of a batch and their gradients are held at once
+BATCH_TOKENS = 1024  # the activations of a block and their gradients are held at once
 _TOKENS = 16384  # enough to rank alternatives by; the real run takes all of them
 _BACKWARD = 8192  # tokens for sensitivities: a mean of what a neuron's error does
 

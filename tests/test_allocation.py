@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress import trials
 from compress.blockwise import Silent, compress_blocks, start_runner
+from compress.calibrate import sensitivity
 from compress.calibrate.blocks import BlockRunner
 from compress.calibrate.sensitivity import StoredStates, output_gradients, through_block
 from compress.errors import CompressError
@@ -69,12 +70,17 @@ def tiny(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "tiny")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_sensitivity_equals_the_gradient_of_the_whole_model(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "places"), [("llama", 64), ("qwen2", 64), ("llama", 7)])
+def test_sensitivity_equals_the_gradient_of_the_whole_model(
+    family: str, places: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when logits are taken `places` of each sample at a time, which do not divide its length."""
     path = save_tiny(tmp_path / "tiny", family)
     prepared = prepare(path, Recipe.from_dict(tiny_recipe()), "cpu")
     tokens = _tokens(prepared, None)
     runner = start_runner(prepared, tokens)
+    vocabulary, samples = prepared.model.config.vocab_size, len(runner.batches[0][0])
+    monkeypatch.setattr(sensitivity, "_LOGITS", places * samples * vocabulary)
     name, states, found = prepared.plan.blocks_name, StoredStates(tmp_path / "states"), {}
     for index in range(prepared.plan.num_blocks):
         materialise(prepared.model, prepared.source, f"{name}.{index}.", torch.float32, prepared.device)
@@ -98,9 +104,11 @@ def test_sensitivity_equals_the_gradient_of_the_whole_model(family: str, tmp_pat
     generator, expected, count = torch.Generator().manual_seed(3), dict.fromkeys(found, 0.0), 0
     weighted, of_tokens = dict.fromkeys(found, 0.0), {name: [] for name in found}
     for ids, _ in runner.batches:
-        logits = model(ids).logits.flatten(0, 1)
-        sampled = torch.multinomial(logits.softmax(dim=-1).detach(), 1, generator=generator).squeeze(1)
-        loss = torch.nn.functional.cross_entropy(logits, sampled, reduction="sum")
+        logits, sampled = model(ids).logits, []
+        for part in logits.detach().split(places, dim=1):
+            drawn = torch.multinomial(part.flatten(0, 1).softmax(dim=-1), 1, generator=generator)
+            sampled.append(drawn.view(part.shape[:2]))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.cat(sampled, 1).flatten(), reduction="sum")
         for key, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
             squares, x = gradient.flatten(0, 1).double().square(), inputs[key].detach().flatten(0, 1).double()
             expected[key] = expected[key] + squares.sum(dim=0)
@@ -146,7 +154,7 @@ def test_what_is_fitted_serves_the_tokens_that_count(method: str, tmp_path: Path
             grams = runner.grams(0, linears, keep=False, weights=counts)
             errors[share, judge] = sum(
                 SecondMoment(grams[name].mean()).relative_error(
-                    linear.weight.detach(), layers.get_submodule(name).dense_weight()
+                    linear.weight.detach(), layers.get_submodule(name).dense_weight().detach()
                 )
                 for name, linear in linears.items()
             )
