@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
+from compress.fetch import hub_or_cache
 
 HUB_NAMES = {  # short name: (hub id, configuration)
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
@@ -130,7 +131,8 @@ def _load_dataset(path: str, shown: str, **arguments: Any) -> Any:
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(path, **arguments)
+        with hub_or_cache():
+            return datasets.load_dataset(path, **arguments)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise CompressError(
             f"cannot load data set {shown!r}: {' '.join(str(error).split())[:160]}; without a network use python-docs or a "

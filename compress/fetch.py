@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from compress.jsonfile import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PATIENCE = 10.0  # seconds
 _SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 
 
@@ -38,6 +41,24 @@ def fetch(model: str) -> Path:
     return _download(model)
 
 
+@contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Asks once whether the hub answers at all. Where it does not, its libraries take what they have without delay, as under
+    `HF_HUB_OFFLINE=1`; left alone, each retries every file for half a minute and prints a dozen lines before it does."""
+    from huggingface_hub import constants, get_session
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        if not before:
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+    except Exception:  # noqa: BLE001 - of whichever HTTP client huggingface_hub has: no network, no name, no answer in time
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _download(model: str) -> Path:
     """The weights that transformers would load, and what lies beside them; nothing from folders or in other formats."""
     from huggingface_hub import snapshot_download
@@ -53,9 +74,10 @@ def _download(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
     try:
-        path = get(_SIDE_FILES)
-        shards = sorted(set(weight_map(path).values())) if (path / INDEX).is_file() else []
-        return get([WEIGHTS, *shards] if shards else ["model*.safetensors"])
+        with hub_or_cache():
+            path = get(_SIDE_FILES)
+            shards = sorted(set(weight_map(path).values())) if (path / INDEX).is_file() else []
+            return get([WEIGHTS, *shards] if shards else ["model*.safetensors"])
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CompressError(f"{model} is neither a local path nor a model on the Hugging Face hub") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:

@@ -21,6 +21,7 @@ from torch import nn
 
 from compress.errors import CompressError
 from compress.evaluate.quality import through_own_cache
+from compress.fetch import hub_or_cache
 from compress.suggest import unknown
 
 _SPLITS = ("train", "validation", "test")
@@ -118,7 +119,8 @@ def _leaves(name: str) -> list[str]:
 def _sources(tasks: Sequence[str], data: str | Path | None, shots: int | None) -> Iterator[tuple[dict[str, str], Any]]:
     """`({task: name to run}, task manager)`: lm-eval's own tasks, or definitions that include them and read local files."""
     if data is None:
-        yield {task: task for task in tasks}, _known()
+        with hub_or_cache():
+            yield {task: task for task in tasks}, _known()
         return
     from lm_eval.tasks import TaskManager
 

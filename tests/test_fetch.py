@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
+from huggingface_hub import constants, is_offline_mode
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM
 
 from compress.errors import CompressError
-from compress.fetch import fetch
+from compress.fetch import fetch, hub_or_cache
 from compress.source import open_source
 from helpers import tiny_model, tiny_tokenizer
 
@@ -45,6 +48,32 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     return repository
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_hub_that_does_not_answer_is_asked_once(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside, libraries go by their cache; any answer, an error too, is a network. Outside all is as it was."""
+    asked: list[str] = []
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Refuses)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    if answers:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+    else:
+        server.server_close()
+    with hub_or_cache():
+        assert is_offline_mode() != answers
+    assert not is_offline_mode()
+    assert len(asked) == answers
+    server.server_close()
 
 
 def put(folder: Path, *names: str) -> None:
