@@ -115,6 +115,7 @@ def _choices(jobs: list[Job], found: dict[str, list[Candidate]], way_out: str, p
         except ValueError as error:
             raise CompressError(f"the search finds no room: {error} bytes; {way_out}") from error
         total = sum(row[pick] for row, pick in zip(prices, picks, strict=True))
-        progress.note(f"search: predicted KL {total:.3f} nats per token at {limit / 1e6:.1f} MB")
+        size = f"{limit / 1e6:.1f} MB"
+        progress.note(f"search: at {size} errors add up to {total:.3f} nats per token; measured, KL is 2 to 3 times that")
         chosen.update({job.name: pick for job, pick in zip(mine, picks, strict=True)})
     return chosen

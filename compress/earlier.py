@@ -18,9 +18,9 @@ from compress.checkpoint import read_report
 from compress.errors import CompressError
 from compress.forms import open_jobs
 from compress.jsonfile import read_json
+from compress.layers import dense_bytes
 from compress.lineage import Lineage
-from compress.passes import minds
-from compress.plan import HEAD
+from compress.plan import HEAD, minds
 from compress.prepare import Prepared
 from compress.source import ALLOCATION
 from compress.trials import Candidate
@@ -80,9 +80,9 @@ def read_earlier(checkpoint: Path, prepared: Prepared, identity: dict[str, str],
     try:
         tried = {name: record[name]["candidates"] for name in sorted(record)}
         for job in open_jobs(prepared.plan):
-            least = job.rule.options.least_kept() - 1e-9
-            found = [Candidate(**candidate) for candidate in tried[job.name]]
-            candidates[job.name] = [one for one in found if 1 - one.options["ratio"] >= least]
+            found, keeps_enough = [Candidate(**candidate) for candidate in tried[job.name]], job.rule.options.keeps_enough
+            dense = dense_bytes(job.spec)
+            candidates[job.name] = [one for one in found if keeps_enough(one.options["ratio"], one.bytes, dense)]
             if not candidates[job.name]:
                 raise CompressError(f"the trials of {checkpoint} are all too small for this size; search again")
     except (KeyError, TypeError, ValueError) as error:

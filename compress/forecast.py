@@ -11,10 +11,10 @@ from rich.table import Table
 from compress import methods
 from compress.calibrate.sensitivity import tokens_at_once
 from compress.errors import CompressError
-from compress.forms import Forms, is_open, kinds_of, one_of, open_jobs, planned_bytes, sizes_of
+from compress.forms import Forms, is_open, kinds_of, one_of, open_jobs, sizes_of
 from compress.layers import dense_bytes
-from compress.passes import BATCH_TOKENS, Passes, minds
-from compress.plan import HEAD, Job, Plan, block_of, job_spec
+from compress.passes import BATCH_TOKENS, Passes
+from compress.plan import HEAD, Job, Plan, block_of, job_spec, minds, planned_bytes
 from compress.prepare import Prepared
 from compress.report import duration, megabytes, sizes
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from compress import methods
-from compress.layers import dense_bytes, packed_bytes
-from compress.passes import minds
-from compress.plan import HEAD, Job, Plan
+from compress.plan import HEAD, Job, Plan, minds
 
 _NEURONS = 256  # of a matrix, at least, where they are tried one by one
 _ENOUGH = 4  # matrices of one name in which a form never was the best
@@ -22,8 +20,10 @@ def open_jobs(plan: Plan) -> list[Job]:
 
 
 def is_open(job: Job) -> bool:
-    """Whether a matrix can be stored in more than one way."""
-    return job.block != HEAD and len(kinds_of(job)) * len(sizes_of(job, job.rule.options)) > 1
+    """Whether how a matrix is stored remains to be decided."""
+    if job.block == HEAD:
+        return False
+    return len(kinds_of(job)) > 1 or sizes_of(job, job.rule.options) != [job.rule.options]
 
 
 def kinds_of(job: Job) -> list[methods.MethodConfig]:
@@ -46,12 +46,6 @@ def one_of(method: ModuleType, options: methods.MethodConfig, neurons: int) -> i
 
 def _site(job: Job) -> methods.Site:
     return methods.Site(job.spec["in_features"], job.spec["out_features"])
-
-
-def planned_bytes(job: Job) -> float:
-    """Bytes of a matrix as planned; where a search spreads them, its share."""
-    searched = minds(job, "allocation", "search")
-    return (1 - job.rule.options.ratio) * dense_bytes(job.spec) if searched else packed_bytes(job.spec)
 
 
 class Forms:

@@ -16,7 +16,7 @@ from torch import Tensor
 from compress.calibrate.blocks import BlockRunner
 from compress.calibrate.sensitivity import StoredStates, output_gradients
 from compress.model import materialise, materialise_head, release
-from compress.plan import HEAD, Job
+from compress.plan import HEAD, Job, minds
 from compress.prepare import Prepared
 
 STATES = "states"  # the folder, in a run's staging directory
@@ -44,11 +44,6 @@ class Passes:
     def batches(self, runner: BlockRunner) -> int | None:
         """How many batches go back; None for all."""
         return None if self.share else max(1, _BACKWARD // runner.batches[0][0].numel())
-
-
-def minds(job: Job, option: str, value: str) -> bool:
-    """Whether a job's rule has an option of this value; the head is not part of any search."""
-    return job.block != HEAD and getattr(job.rule.options, option, None) == value
 
 
 def forwards(prepared: Prepared, runner: BlockRunner) -> Iterator[tuple[int, None]]:

@@ -69,7 +69,7 @@ def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
     routers = {name for name in linears if _is_router(model, name, linears[name])}
     candidates = {name: module for name, module in linears.items() if name not in routers}
     _require_matches(model, recipe, candidates)
-    recipe = _budgeted(model, source, recipe, candidates)
+    recipe = _budgeted(model, source, recipe, candidates, blocks_name)
     jobs = []
     for name in candidates:
         rule = recipe.rule_for(name)
@@ -90,10 +90,13 @@ def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
     return Plan(blocks_name, len(blocks), tuple(jobs), _notes(blocks, routers, unmatched))
 
 
-def _budgeted(model: nn.Module, source: Source, recipe: Recipe, linears: dict[str, nn.Linear]) -> Recipe:
+def _budgeted(model: nn.Module, source: Source, recipe: Recipe, linears: dict[str, nn.Linear], blocks_name: str) -> Recipe:
     """The recipe with the sizes that its rules ask for turned into ratios; other rules' matrices count as they will be."""
-    rules = list(recipe.weights)
-    for number, rule in enumerate(rules):
+    sized = [number for number, rule in enumerate(recipe.weights) if getattr(rule.options, "target_size", None) is not None]
+    if len(sized) > 1:
+        raise CompressError("recipe: target_size is that of the whole checkpoint; give it in one rule, not in several")
+    for number in sorted(range(len(recipe.weights)), key=sized.__contains__):  # it takes what all others leave
+        rule = recipe.weights[number]
         if not needs_budget(rule.options):
             continue
         mine, other = 0, source.stored_bytes
@@ -102,12 +105,28 @@ def _budgeted(model: nn.Module, source: Source, recipe: Recipe, linears: dict[st
             if tensor is None or chosen is None:
                 continue
             other -= tensor.num_bytes
-            if chosen is recipe.weights[number]:
+            if chosen is rule:
                 mine += 2 * module.in_features * module.out_features
             else:
-                other += packed_bytes(job_spec(model, name, source, chosen))
+                spec = job_spec(model, name, source, chosen)
+                other += planned_bytes(Job(name, block_of(name, blocks_name), spec, chosen))
+        if not mine:
+            raise CompressError(f"recipe: earlier rules take all that {', '.join(rule.targets)} matches; drop this rule")
+        rules = list(recipe.weights)
         rules[number] = rule.model_copy(update={"options": settled(rule.options, mine, other)})
-    return recipe.model_copy(update={"weights": tuple(rules)})
+        recipe = recipe.model_copy(update={"weights": tuple(rules)})
+    return recipe
+
+
+def minds(job: Job, option: str, value: str) -> bool:
+    """Whether a job's rule has an option of this value; the head is not part of any search."""
+    return job.block != HEAD and getattr(job.rule.options, option, None) == value
+
+
+def planned_bytes(job: Job) -> float:
+    """Bytes of a matrix as planned; where a search spreads them, its share."""
+    searched = minds(job, "allocation", "search")
+    return (1 - job.rule.options.ratio) * dense_bytes(job.spec) if searched else packed_bytes(job.spec)
 
 
 def job_spec(model: nn.Module, name: str, source: Source, rule: Rule) -> Spec:

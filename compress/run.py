@@ -26,11 +26,11 @@ from compress.calibrate import data
 from compress.earlier import read_earlier, require_trials
 from compress.errors import CompressError
 from compress.forecast import size_notes, states_bytes
-from compress.forms import open_jobs, planned_bytes
+from compress.forms import open_jobs
 from compress.lineage import Lineage, model_identity
 from compress.memory import peak_memory_bytes
 from compress.passes import STATES
-from compress.plan import HEAD
+from compress.plan import HEAD, planned_bytes
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
 from compress.report import Report

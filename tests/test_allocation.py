@@ -23,13 +23,13 @@ from compress.calibrate.blocks import BlockRunner
 from compress.calibrate.sensitivity import StoredStates, output_gradients, through_block
 from compress.errors import CompressError
 from compress.forecast import forecast_table, logits_bytes, predicted_memory_bytes, states_bytes, trial_flops
-from compress.forms import Forms, open_jobs, planned_bytes
+from compress.forms import Forms, is_open, open_jobs
 from compress.knapsack import choose
 from compress.layers import compressed_matrices, dense_bytes, packed_bytes
 from compress.linalg import SecondMoment
 from compress.methods import Site, cospadi
 from compress.model import build_skeleton, materialise, materialise_head
-from compress.plan import Job
+from compress.plan import Job, planned_bytes
 from compress.prepare import prepare
 from compress.recipe import Recipe
 from compress.report import megabytes
@@ -311,12 +311,83 @@ def test_auto_tries_nothing_where_inputs_outnumber_outputs() -> None:
     assert len(cospadi.kinds(Site(64, 64), options)) == 3
 
 
+WIDE = Site(576, 1536)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.6, 0.7, 0.75, 0.8, 0.87])
+def test_a_search_for_widths_has_a_floor_and_room(ratio: float) -> None:
+    """No candidate is below half of the share, by the bytes it takes; some are smaller than it and some larger."""
+    options = cospadi.Config(ratio=ratio, dictionary="identity", value_bits="auto", allocation="search")
+    specs = [
+        cospadi.plan(WIDE, form) | {"in_features": 576, "out_features": 1536, "bias": False}
+        for form in cospadi.alternatives(WIDE, options)
+    ]
+    kept = [packed_bytes(spec) / dense_bytes(spec) / (1 - ratio) for spec in specs]
+    assert 0.475 <= min(kept) < 1 < max(kept)
+    sparse = {
+        round(16 * share * (1 - ratio), 1) for share, spec in zip(kept, specs, strict=True) if spec["num_nonzeros"] < 576
+    }
+    assert ratio < 0.75 or any(2.2 < bits < 3 for bits in sparse)  # where they beat a mixture of 2 and 3 bits
+
+
+def test_widths_that_nobody_searches_for_fill_their_share(tmp_path: Path) -> None:
+    """The head's, those of a dry run, and those of one size: the widest codes that all weights may have, or a search."""
+    for ratio, bits in ((0.4, 8), (0.5, 6), (0.7, 4), (0.75, 3), (0.9, 3)):
+        options = cospadi.Config(ratio=ratio, dictionary="identity", value_bits="auto")
+        spec = cospadi.plan(WIDE, options)
+        assert spec["value_bits"] == bits and (spec["num_nonzeros"] == 576) == (ratio < 0.9)
+    path = save_tiny(tmp_path / "tiny", tie_word_embeddings=False)
+    recipe = tiny_recipe(dictionary="identity", value_bits="auto", ratio=0.8, group_size=0)
+    recipe["weights"]["targets"] = ["*_proj", "lm_head"]
+    jobs = prepare(path, Recipe.from_dict(recipe), "cpu").plan.jobs
+    assert {is_open(job) for job in jobs if job.name != "lm_head"} == {True}
+    assert [is_open(job) for job in jobs if job.name == "lm_head"] == [False]
+
+
+RULES = {
+    "bits": {"target_bits": 15.5},
+    "search": {"ratio": 0.5, "value_bits": "auto", "dictionary": "identity", "allocation": "search"},
+    "ratio": {"ratio": 0.3},
+    "gptq": {"method": "gptq", "bits": 4, "group_size": 32},
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("options", RULES.values(), ids=RULES)
+def test_a_target_size_counts_what_other_rules_make(options: dict, first: bool, tiny: Path) -> None:
+    dense = prepare(tiny, Recipe.from_dict(tiny_recipe()), "cpu")
+    wanted = dense.source.stored_bytes - dense.replaced_bytes + dense.plan.dense_bytes * 3 // 5
+    rules = [
+        {"method": "cospadi", **options, "targets": ["*self_attn*"]},
+        {"method": "cospadi", "target_size": wanted, "allocation": "search", "targets": ["*mlp*"]},
+    ]
+    prepared = prepare(tiny, Recipe.from_dict({**tiny_recipe(), "weights": rules if first else rules[::-1]}), "cpu")
+    others = prepared.source.stored_bytes - prepared.replaced_bytes
+    assert others + sum(map(planned_bytes, prepared.plan.jobs)) == pytest.approx(wanted, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (
+            [{"method": "none", "targets": ["*_proj"]}, {"target_size": "1MB", "targets": ["*q_proj"]}],
+            "earlier rules take all",
+        ),
+        ([{"target_size": "1MB", "targets": ["*q_proj"]}, {"target_size": "2MB", "targets": ["*k_proj"]}], "in one rule"),
+    ],
+)
+def test_impossible_target_sizes(rules: list[dict], message: str, tiny: Path) -> None:
+    weights = [{"method": "cospadi", **rule} for rule in rules]
+    with pytest.raises(CompressError, match=message):
+        prepare(tiny, Recipe.from_dict({**tiny_recipe(), "weights": weights}), "cpu")
+
+
 def test_the_dry_runs_time_counts_the_trials(tiny: Path) -> None:
     flops, disk = {}, {}
     for name, changes in {
         "given": {"dictionary": "identity"},
         "weighted": {"dictionary": "identity"},
-        "fisher": {"dictionary": "identity", "weighting": "fisher"},
+        "fisher": {"dictionary": "learned", "weighting": "fisher"},
         "tried": {"dictionary": "auto"},
         "searched": {"dictionary": "auto", "allocation": "search"},
     }.items():

@@ -28,6 +28,10 @@ class BudgetConfig(MethodConfig):
         """Fraction of its bf16 bytes that a search leaves every matrix."""
         return _LEAST_SHARE * (1 - self.ratio)
 
+    def keeps_enough(self, ratio: float, stored_bytes: int, dense_bytes: int) -> bool:
+        """Whether a search may take this ratio for a matrix, which then is stored in so many bytes."""
+        return 1 - ratio >= self.least_kept() - 1e-9
+
     def ratios(self) -> list[float]:
         """The ratios to try for a matrix."""
         if self.allocation == "uniform":

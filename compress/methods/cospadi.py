@@ -23,11 +23,11 @@ from itertools import product
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from compress.kernels.pack import pack_signed, packed_width
-from compress.layers import Spec
+from compress.layers import Spec, dense_bytes, packed_bytes
 from compress.layers.sparse_dictionary import all_atoms, atom_groups, packed_codes
 from compress.linalg import SecondMoment, power_of_two
 from compress.methods import MAX_SEED, Site, bf16
@@ -37,7 +37,8 @@ from compress.solvers import elimination, gptq, ksvd, orthogonal, pursuit, union
 
 _BALANCES = {"none": 0, "2:4": 4, "16:32": 32}
 _WIDTHS = (2, 3, 4, 5, 6, 8)
-_SPARSE_WIDTHS, _DENSE_ENOUGH = (3, 4), 0.6
+_LEAST_USED = {3: 0.0, 4: 0.6}  # by the width of sparse codes, the share of nonzeros from which they are worth a trial
+_LEARNED_WIDTHS = (4, 8)  # of codes of learned atoms
 _LEAST_IMPORTANCE = 1e-3
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 
@@ -72,6 +73,18 @@ class Config(BudgetConfig):
         """YAML 1.1 reads an unquoted 2:4 as minutes and seconds."""
         return {2 * 60 + 4: "2:4", 16 * 60 + 32: "16:32"}.get(value, value) if isinstance(value, int) else value
 
+    def keeps_enough(self, ratio: float, stored_bytes: int, dense_bytes: int) -> bool:
+        """As in every search; of a given width not all that a ratio leaves is used, so bytes decide, to some per cent."""
+        if self.value_bits != "auto":
+            return super().keeps_enough(ratio, stored_bytes, dense_bytes)
+        return stored_bytes >= 0.95 * self.least_kept() * dense_bytes
+
+    @model_validator(mode="after")
+    def _has_atoms_to_weigh(self) -> Config:
+        if self.weighting != "none" and self.dictionary == "identity":
+            raise ValueError("weighting: fisher is for learned atoms; dictionary: identity fits every neuron by itself")
+        return self
+
 
 def kinds(site: Site, config: Config) -> list[Config]:
     """The dictionaries to compare at equal bytes.
@@ -88,7 +101,7 @@ def kinds(site: Site, config: Config) -> list[Config]:
 def alternatives(site: Site, config: Config) -> list[Config]:
     """The widths and ratios to try for a matrix, of one kind of dictionary.
 
-    Few wide codes lose to more narrow ones, and above 3 bits per weight a sparse matrix loses to a mixture of dense ones.
+    Few wide codes lose to more narrow ones: sparse ones are worth it between the dense widths of 2 and 3 bits, and below.
     """
     if config.value_bits != "auto":
         return [config.model_copy(update={"ratio": ratio}) for ratio in config.ratios()]
@@ -98,7 +111,9 @@ def alternatives(site: Site, config: Config) -> list[Config]:
         with suppress(ValueError):
             spec = plan(site, one)
             used = spec["num_nonzeros"] / site.in_features
-            if used == 1 or (bits in _SPARSE_WIDTHS and used >= _DENSE_ENOUGH):
+            worth_it = bits in _LEARNED_WIDTHS if spec["num_atoms"] else used >= _LEAST_USED.get(bits, 1)
+            spec |= {"in_features": site.in_features, "out_features": site.out_features, "bias": False}
+            if worth_it and config.keeps_enough(ratio, packed_bytes(spec), dense_bytes(spec)):
                 tries.append(one)
     return tries
 
@@ -118,18 +133,17 @@ def quick(config: Config) -> Config:
 def plan(site: Site, config: Config) -> Spec:
     """The sizes that fill (1 - ratio) of the dense bytes; rounding never exceeds them.
 
-    What is open, `auto`, is planned as unit vectors and 4 bits, until it is decided.
+    What is open, `auto`, is planned as unit vectors and as the widest codes that all weights may have, or pruned ones of 3
+    bits, until it is decided.
 
     With learned atoms K is a multiple of 32 (of 8 for small layers); s takes what atoms, mask and scales leave, down to a
     multiple of 4 or 8. Where integers of all weights fit, none is pruned and there is no mask.
     """
     balance = _BALANCES[config.balance]
-    config = config.model_copy(
-        update={
-            "dictionary": "identity" if config.dictionary == "auto" else config.dictionary,
-            "value_bits": 4 if config.value_bits == "auto" else config.value_bits,
-        }
-    )
+    if config.dictionary == "auto":
+        config = config.model_copy(update={"dictionary": "identity"})
+    if config.value_bits == "auto":
+        config = config.model_copy(update={"value_bits": _widest(site, config)})
     spec = {
         "format": "sparse_dictionary",
         "unit_atoms": config.dictionary != "learned",
@@ -156,6 +170,14 @@ def plan(site: Site, config: Config) -> Spec:
     if nonzeros < 1 or (spec["num_atoms"] < 8 and config.dictionary != "identity"):
         raise ValueError(f"ratio {config.ratio} leaves no room for a dictionary at {site.in_features} x {site.out_features}")
     return {**spec, "num_nonzeros": nonzeros}
+
+
+def _widest(site: Site, config: Config) -> int:
+    for bits in reversed(_WIDTHS):
+        with suppress(ValueError):
+            if plan(site, config.model_copy(update={"value_bits": bits}))["num_nonzeros"] >= site.in_features:
+                return bits
+    return min(_LEAST_USED)
 
 
 def _learned_atoms(site: Site, config: Config, budget: float) -> int:

@@ -1,6 +1,8 @@
-"""Solvers of the column-sparse factorization Y ~= D S, one file each, one interface.
+"""Solvers, one file each. Those that learn a whole column-sparse factorization Y ~= D S have one interface,
 
     solve(target_IN, num_atoms, num_nonzeros, ...) -> SparseFactors
+
+the others find a support, codes or integers for atoms that are given.
 
 They know nothing of models, recipes or storage: tensors in, tensors out, inputs never written to. They square the entries
 of Y in its own dtype: the caller scales Y so that the largest is near one (`compress.linalg.power_of_two`).

@@ -145,6 +145,25 @@ def test_balance_as_yaml_reads_it(written: object) -> None:
     assert spec_of(cospadi, 96, 160, config)["num_nonzeros"] == 48
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize(("balance", "of"), [("2:4", 4), ("16:32", 32)])
+def test_balanced_weights_keep_half_of_every_group(balance: str, of: int, bits: int) -> None:
+    """In the layer as it is stored, at the price of a larger error than any support of as many has: 2:4 more than 16:32."""
+    weight, gram = correlated_problem()
+    errors = {}
+    for name in ("none", "16:32", balance):
+        config = cospadi.Config(dictionary="identity", ratio=1 - (bits / 2 + 1.5) / 16, balance=name, value_bits=bits)
+        spec = spec_of(cospadi, 96, 160, config) | {"num_nonzeros": 48}
+        layer = build(spec)
+        layer.load_state_dict(cospadi.compress(weight, SecondMoment(gram), spec, config))
+        dense = layer.dense_weight()
+        errors[name] = SecondMoment(gram).relative_error(weight, dense)
+        if name == balance:
+            kept = dense.ne(0).unflatten(1, (-1, of)).sum(dim=2)
+            assert kept.max() <= of // 2 and (bits < 16 or kept.min() == of // 2)  # a code may round to zero
+    assert errors["none"] <= errors["16:32"] <= errors[balance] < 2 * errors["none"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
