@@ -126,6 +126,11 @@ def _flops_per_second(device: torch.device) -> float:
     return 8 * 2 * 1024**3 / (time.perf_counter() - start)
 
 
+def _roughly(value: float) -> float:
+    """Two digits: a forecast knows no more."""
+    return float(f"{value:.1e}")
+
+
 def size_notes(plan: Plan) -> list[str]:
     """One line per distinct shape and format: what the matrices of that shape become."""
     groups: dict[tuple, list[Job]] = {}
@@ -164,8 +169,10 @@ def forecast_table(prepared: Prepared, *, trials: bool = True) -> Table:
     table.add_row("total", "", "", fewer, megabytes(plan.dense_bytes), megabytes(packed))
     whole = prepared.source.stored_bytes
     table.add_row("whole checkpoint", "", "", "", megabytes(whole), megabytes(whole - prepared.replaced_bytes + packed))
-    table.add_row("memory, about", "", "", "", "", megabytes(predicted_memory_bytes(prepared, trials=trials)))
-    table.add_row("time here, about", "", "", "", "", duration(predicted_seconds(prepared, trials=trials)))
+    memory = _roughly(predicted_memory_bytes(prepared, trials=trials))
+    table.add_row("memory, about", "", "", "", "", f"{memory / 1e6:,.0f} MB")
+    minutes = _roughly(predicted_seconds(prepared, trials=trials) / 60)
+    table.add_row("time here, about", "", "", "", "", duration(60 * minutes))
     for note in plan.notes:
         table.add_row(note)
     return table

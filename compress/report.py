@@ -138,7 +138,7 @@ def megabytes(count: float) -> str:
 
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+    return (f"{minutes} min {rest} s" if rest else f"{minutes} min") if minutes else f"{seconds:.1f} s"
 
 
 _SHOWN = {"format", "in_features", "out_features", "bias"}  # elsewhere in every table
