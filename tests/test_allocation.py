@@ -309,6 +309,8 @@ def test_auto_tries_nothing_where_inputs_outnumber_outputs() -> None:
     options = cospadi.Config(ratio=0.3)
     assert [form.dictionary for form in cospadi.kinds(Site(128, 64), options)] == ["identity"]
     assert len(cospadi.kinds(Site(64, 64), options)) == 3
+    rounded = cospadi.Config(ratio=0.3, dictionary_bits=4)  # so that many more fit
+    assert len(cospadi.kinds(Site(128, 64), rounded)) == 3
 
 
 WIDE = Site(576, 1536)

@@ -89,11 +89,11 @@ class Config(BudgetConfig):
 def kinds(site: Site, config: Config) -> list[Config]:
     """The dictionaries to compare at equal bytes.
 
-    A matrix with more inputs than outputs (k_proj, v_proj, down_proj) takes unit vectors untried: learned atoms won on one
-    of 180 that were measured (docs/log.md), and took two fifths of the time of all trials.
+    With atoms in bf16 a matrix with more inputs than outputs (k_proj, v_proj, down_proj) takes unit vectors untried: learned
+    atoms won on one of 180 that were measured (docs/log.md), and took two fifths of the time of all trials.
     """
     names = ("identity", "identity+learned", "learned") if config.dictionary == "auto" else (config.dictionary,)
-    if config.dictionary == "auto" and site.in_features > site.out_features:
+    if config.dictionary == "auto" and site.in_features > site.out_features and config.dictionary_bits == 16:
         names = ("identity",)
     return [config.model_copy(update={"dictionary": name}) for name in names]
 
