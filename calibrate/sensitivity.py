@@ -32,11 +32,11 @@ from compress.calibrate.statistics import Gram
 from compress.errors import CompressError
 from compress.tensorfile import read_header, write_file
 
-_LOGITS = 1 << 24  # numbers: bounds the logits of the tokens that are behind the blocks at once
+_LOGITS = 1 << 24  # numbers: bounds tokens x vocabulary of the logits held at once
 
 
 def tokens_at_once(model: nn.Module) -> int:
-    """Of how many tokens logits are held."""
+    """How many tokens the head takes at once."""
     return max(1, _LOGITS // model.config.get_text_config(decoder=True).vocab_size)
 
 

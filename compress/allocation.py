@@ -116,6 +116,6 @@ def _choices(jobs: list[Job], found: dict[str, list[Candidate]], way_out: str, p
             raise CompressError(f"the search finds no room: {error} bytes; {way_out}") from error
         total = sum(row[pick] for row, pick in zip(prices, picks, strict=True))
         size = f"{limit / 1e6:.1f} MB"
-        progress.note(f"search: at {size} errors add up to {total:.3f} nats per token; measured, KL is 2 to 3 times that")
+        progress.note(f"search: at {size} errors add up to {total:.3f} nats per token, a low estimate of the KL divergence")
         chosen.update({job.name: pick for job, pick in zip(mine, picks, strict=True)})
     return chosen

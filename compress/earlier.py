@@ -83,10 +83,10 @@ def read_earlier(checkpoint: Path, prepared: Prepared, identity: dict[str, str],
             found, keeps_enough = [Candidate(**candidate) for candidate in tried[job.name]], job.rule.options.keeps_enough
             dense = dense_bytes(job.spec)
             candidates[job.name] = [one for one in found if keeps_enough(one.options["ratio"], one.bytes, dense)]
-            if not candidates[job.name]:
-                raise CompressError(f"the trials of {checkpoint} are all too small for this size; search again")
     except (KeyError, TypeError, ValueError) as error:
         raise CompressError(f"{file} is damaged; search again without --trials-from") from error
+    if not all(candidates.values()):
+        raise CompressError(f"the trials of {checkpoint} are all too small for this size; search again")
     return Earlier(candidates, hashlib.sha256(json.dumps(tried, sort_keys=True).encode()).hexdigest())
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,8 @@ from compress.jsonfile import read_json
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PATIENCE = 10.0  # seconds
+_ONE_AT_A_TIME = threading.RLock()
+_log = logging.getLogger(__name__)
 _SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 
 
@@ -44,19 +48,22 @@ def fetch(model: str) -> Path:
 @contextmanager
 def hub_or_cache() -> Iterator[None]:
     """Asks once whether the hub answers at all. Where it does not, its libraries take what they have without delay, as under
-    `HF_HUB_OFFLINE=1`; left alone, each retries every file for half a minute and prints a dozen lines before it does."""
+    `HF_HUB_OFFLINE=1`; left alone, each retries every file for half a minute and prints a dozen lines before it does.
+    Other threads wait: that setting is the whole process's."""
     from huggingface_hub import constants, get_session
 
-    before = constants.HF_HUB_OFFLINE
-    try:
-        if not before:
-            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-    except Exception:  # noqa: BLE001 - of whichever HTTP client huggingface_hub has: no network, no name, no answer in time
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
+    with _ONE_AT_A_TIME:
+        before = constants.HF_HUB_OFFLINE
+        try:
+            if not before:
+                get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+        except Exception as error:  # noqa: BLE001 - of whichever HTTP client huggingface_hub has
+            _log.warning("%s does not answer (%s): going by what the cache has", constants.ENDPOINT, error)
+            constants.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE = before
 
 
 def _download(model: str) -> Path:

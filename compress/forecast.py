@@ -11,7 +11,7 @@ from rich.table import Table
 from compress import methods
 from compress.calibrate.sensitivity import tokens_at_once
 from compress.errors import CompressError
-from compress.forms import Forms, is_open, kinds_of, one_of, open_jobs, sizes_of
+from compress.forms import Forms, is_open, kinds_of, one_of, open_jobs, own_size, sizes_of
 from compress.layers import dense_bytes
 from compress.passes import BATCH_TOKENS, Passes
 from compress.plan import HEAD, Job, Plan, block_of, job_spec, minds, planned_bytes
@@ -87,7 +87,7 @@ def trial_flops(prepared: Prepared) -> float:
         kept = [kinds[index] for index in forms.worth_it(job, len(kinds))]
         forms.note(job, 0)
         inputs, outputs = job.spec["in_features"], job.spec["out_features"]
-        for tried in {*kept, *sizes_of(job, kept[0])}:
+        for tried in {form for kind in kept for form in own_size(job, kind)} | {*sizes_of(job, kept[0])}:
             quick = method.quick(tried) if hasattr(method, "quick") else tried
             neurons = outputs // one_of(method, tried, outputs)
             with suppress(CompressError):  # what does not fit is not tried

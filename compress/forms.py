@@ -15,7 +15,7 @@ _ENOUGH = 4  # matrices of one name in which a form never was the best
 
 
 def open_jobs(plan: Plan) -> list[Job]:
-    """The jobs with more than one candidate, and those that ask for sensitivities."""
+    """The jobs that something is tried for, and those that ask for sensitivities."""
     return [job for job in plan.jobs if is_open(job) or minds(job, "weighting", "fisher")]
 
 
@@ -36,6 +36,11 @@ def sizes_of(job: Job, form: methods.MethodConfig) -> list[methods.MethodConfig]
     """Sizes to try of one form."""
     method = methods.load(job.rule.method)
     return method.alternatives(_site(job), form) if hasattr(method, "alternatives") else [form]
+
+
+def own_size(job: Job, form: methods.MethodConfig) -> list[methods.MethodConfig]:
+    """What may be tried of one form at the matrix's own share of bytes."""
+    return sizes_of(job, form.model_copy(update={"allocation": "uniform"}))
 
 
 def one_of(method: ModuleType, options: methods.MethodConfig, neurons: int) -> int:

@@ -35,14 +35,14 @@ from compress.calibrate import data
 from compress.calibrate.sensitivity import Sensitivity, of_block, through_block
 from compress.calibrate.statistics import Gram
 from compress.errors import CompressError
-from compress.forms import Forms, kinds_of, one_of, sizes_of
+from compress.forms import Forms, kinds_of, one_of, own_size, sizes_of
 from compress.jsonfile import read_json, write_json
 from compress.layers import Spec, packed_bytes
 from compress.linalg import SecondMoment, relative
 from compress.memory import give_back_freed_memory
 from compress.model import build_skeleton
 from compress.passes import BATCH_TOKENS, STATES, Passes, backwards, forwards
-from compress.plan import Job, job_spec
+from compress.plan import Job, job_spec, minds
 from compress.prepare import Prepared
 from compress.staging import TRIED
 
@@ -194,12 +194,12 @@ def _tried(
     worth_it = forms.worth_it(job, len(kinds))
     best = worth_it[0]
     if len(worth_it) > 1:
-        prices = {index: tried.price for index in worth_it if (tried := trial(kinds[index])) is not None}
+        own = {index: [trial(form) for form in own_size(job, kinds[index])] for index in worth_it}
+        prices = {index: min(one.price for one in tried if one) for index, tried in own.items() if any(tried)}
         best = min(prices, key=prices.__getitem__, default=best)
-    sizes = sizes_of(job, kinds[best])
-    if len(sizes) > 1:
+    if minds(job, "allocation", "search"):
         found.clear()  # the other forms lost
-    for options in sizes:
+    for options in sizes_of(job, kinds[best]):
         trial(options)
     if not found:
         raise CompressError(f"{job.name}: nothing fits its budget; lower the ratio, or leave it out with `method: none`")

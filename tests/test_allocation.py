@@ -240,13 +240,15 @@ def test_what_lies_behind_the_blocks_is_dropped_on_the_way_back(tmp_path: Path, 
     assert seen == [True] * 3
 
 
-def test_padding_has_no_weight(tmp_path: Path) -> None:
+def test_padding_has_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the head takes some places of each sample at a time."""
     path = save_tiny(tmp_path / "tiny")
     calibration = {"samples": 6, "length": 100, "layout": "documents", "token_weighting": 1.0}
     recipe = {**tiny_recipe(), "calibration": calibration, "refine": {"epochs": 1}}
     prepared = prepare(path, Recipe.from_dict(recipe), "cpu")
     tokens = _tokens(prepared, DOCUMENTS)
     assert not tokens.mask.all()
+    monkeypatch.setattr(sensitivity, "_LOGITS", 37 * len(tokens.ids) * prepared.model.config.vocab_size)
     found = trials.run_trials(prepared, [], tokens, tmp_path, Silent()).tokens
     blocks = {f"model.layers.{index}" for index in range(prepared.plan.num_blocks)}
     assert found.keys() == {job.name for job in prepared.plan.jobs} | blocks
@@ -338,6 +340,10 @@ def test_widths_that_nobody_searches_for_fill_their_share(tmp_path: Path) -> Non
         options = cospadi.Config(ratio=ratio, dictionary="identity", value_bits="auto")
         spec = cospadi.plan(WIDE, options)
         assert spec["value_bits"] == bits and (spec["num_nonzeros"] == 576) == (ratio < 0.9)
+    for ratio, bits in ((0.4, 8), (0.65, 8), (0.7, 6), (0.8, 4)):  # half of the weights and a mask
+        options = cospadi.Config(ratio=ratio, dictionary="identity", value_bits="auto", balance="2:4")
+        assert cospadi.plan(WIDE, options)["value_bits"] == bits
+        assert [form.value_bits for form in cospadi.alternatives(WIDE, options)][-1] == bits
     path = save_tiny(tmp_path / "tiny", tie_word_embeddings=False)
     recipe = tiny_recipe(dictionary="identity", value_bits="auto", ratio=0.8, group_size=0)
     recipe["weights"]["targets"] = ["*_proj", "lm_head"]
@@ -346,17 +352,18 @@ def test_widths_that_nobody_searches_for_fill_their_share(tmp_path: Path) -> Non
     assert [is_open(job) for job in jobs if job.name == "lm_head"] == [False]
 
 
-RULES = {
-    "bits": {"target_bits": 15.5},
-    "search": {"ratio": 0.5, "value_bits": "auto", "dictionary": "identity", "allocation": "search"},
-    "ratio": {"ratio": 0.3},
-    "gptq": {"method": "gptq", "bits": 4, "group_size": 32},
+RULES = {  # options, and the share of their bf16 bytes that matrices then have
+    "bits": ({"target_bits": 15.5}, 15.5 / 16),
+    "search": ({"ratio": 0.5, "value_bits": "auto", "dictionary": "identity", "allocation": "search"}, 0.5),
+    "width": ({"ratio": 0.65, "value_bits": "auto", "dictionary": "identity"}, 0.35),
+    "ratio": ({"ratio": 0.3}, 0.7),
+    "gptq": ({"method": "gptq", "bits": 4, "group_size": 32}, 4.5 / 16),
 }
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("options", RULES.values(), ids=RULES)
-def test_a_target_size_counts_what_other_rules_make(options: dict, first: bool, tiny: Path) -> None:
+@pytest.mark.parametrize(("options", "share"), RULES.values(), ids=RULES)
+def test_a_target_size_counts_what_other_rules_make(options: dict, share: float, first: bool, tiny: Path) -> None:
     dense = prepare(tiny, Recipe.from_dict(tiny_recipe()), "cpu")
     wanted = dense.source.stored_bytes - dense.replaced_bytes + dense.plan.dense_bytes * 3 // 5
     rules = [
@@ -366,6 +373,10 @@ def test_a_target_size_counts_what_other_rules_make(options: dict, first: bool, 
     prepared = prepare(tiny, Recipe.from_dict({**tiny_recipe(), "weights": rules if first else rules[::-1]}), "cpu")
     others = prepared.source.stored_bytes - prepared.replaced_bytes
     assert others + sum(map(planned_bytes, prepared.plan.jobs)) == pytest.approx(wanted, abs=1)
+    attention = [job for job in prepared.plan.jobs if "self_attn" in job.name]
+    assert sum(map(planned_bytes, attention)) == pytest.approx(
+        share * sum(dense_bytes(job.spec) for job in attention), rel=0.05
+    )
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_hub_that_does_not_answer_is_asked_once(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_is_asked_once(
+    answers: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Inside, libraries go by their cache; any answer, an error too, is a network. Outside all is as it was."""
     asked: list[str] = []
 
@@ -71,8 +73,13 @@ def test_a_hub_that_does_not_answer_is_asked_once(answers: bool, monkeypatch: py
         server.server_close()
     with hub_or_cache():
         assert is_offline_mode() != answers
+        if not answers:
+            with hub_or_cache():  # asks nobody
+                assert is_offline_mode()
+            assert is_offline_mode()
     assert not is_offline_mode()
     assert len(asked) == answers
+    assert [record.message.startswith(constants.ENDPOINT) for record in caplog.records] == [True] * (not answers)
     server.server_close()
 
 

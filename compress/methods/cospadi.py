@@ -101,7 +101,8 @@ def kinds(site: Site, config: Config) -> list[Config]:
 def alternatives(site: Site, config: Config) -> list[Config]:
     """The widths and ratios to try for a matrix, of one kind of dictionary.
 
-    Few wide codes lose to more narrow ones: sparse ones are worth it between the dense widths of 2 and 3 bits, and below.
+    Few wide codes lose to more narrow ones. Sparse ones are better than a mixture of dense ones at most from 2.3 to 2.9 bits
+    per weight, and all there is below 2; of 4 bits they fill the steps between dense widths.
     """
     if config.value_bits != "auto":
         return [config.model_copy(update={"ratio": ratio}) for ratio in config.ratios()]
@@ -110,7 +111,7 @@ def alternatives(site: Site, config: Config) -> list[Config]:
         one = config.model_copy(update={"ratio": ratio, "value_bits": bits})
         with suppress(ValueError):
             spec = plan(site, one)
-            used = spec["num_nonzeros"] / site.in_features
+            used = spec["num_nonzeros"] / _most_used(site, config)
             worth_it = bits in _LEARNED_WIDTHS if spec["num_atoms"] else used >= _LEAST_USED.get(bits, 1)
             spec |= {"in_features": site.in_features, "out_features": site.out_features, "bias": False}
             if worth_it and config.keeps_enough(ratio, packed_bytes(spec), dense_bytes(spec)):
@@ -172,12 +173,18 @@ def plan(site: Site, config: Config) -> Spec:
     return {**spec, "num_nonzeros": nonzeros}
 
 
+def _most_used(site: Site, config: Config) -> int:
+    """How many unit vectors a neuron may use."""
+    return site.in_features if config.balance == "none" else site.in_features // 2
+
+
 def _widest(site: Site, config: Config) -> int:
     for bits in reversed(_WIDTHS):
         with suppress(ValueError):
-            if plan(site, config.model_copy(update={"value_bits": bits}))["num_nonzeros"] >= site.in_features:
+            spec = plan(site, config.model_copy(update={"value_bits": bits}))
+            if spec["num_nonzeros"] >= _most_used(site, config):
                 return bits
-    return min(_LEAST_USED)
+    return min(_LEAST_USED if config.dictionary == "identity" else _LEARNED_WIDTHS)
 
 
 def _learned_atoms(site: Site, config: Config, budget: float) -> int:
