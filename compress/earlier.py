@@ -80,9 +80,8 @@ def read_earlier(checkpoint: Path, prepared: Prepared, identity: dict[str, str],
     try:
         tried = {name: record[name]["candidates"] for name in sorted(record)}
         for job in open_jobs(prepared.plan):
-            found, keeps_enough = [Candidate(**candidate) for candidate in tried[job.name]], job.rule.options.keeps_enough
-            dense = dense_bytes(job.spec)
-            candidates[job.name] = [one for one in found if keeps_enough(one.options["ratio"], one.bytes, dense)]
+            found, options, dense = [Candidate(**one) for one in tried[job.name]], job.rule.options, dense_bytes(job.spec)
+            candidates[job.name] = [one for one in found if options.keeps_enough(one.options["ratio"], one.bytes, dense)]
     except (KeyError, TypeError, ValueError) as error:
         raise CompressError(f"{file} is damaged; search again without --trials-from") from error
     if not all(candidates.values()):
