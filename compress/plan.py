@@ -124,9 +124,10 @@ def minds(job: Job, option: str, value: str) -> bool:
 
 
 def planned_bytes(job: Job) -> float:
-    """Bytes of a matrix as planned; its share where a search spreads them, or finds a width that takes no more."""
-    is_open = minds(job, "allocation", "search") or minds(job, "value_bits", "auto")
-    return (1 - job.rule.options.ratio) * dense_bytes(job.spec) if is_open else packed_bytes(job.spec)
+    """Bytes of a matrix as planned; its share where trials decide what fills that."""
+    options = job.rule.options
+    is_open = job.block != HEAD and options.fills_its_share()
+    return (1 - options.ratio) * dense_bytes(job.spec) if is_open else packed_bytes(job.spec)
 
 
 def job_spec(model: nn.Module, name: str, source: Source, rule: Rule) -> Spec:

@@ -38,6 +38,10 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def fills_its_share(self) -> bool:
+        """Whether trials decide how a matrix fills the bytes that `ratio` leaves it, so that a plan counts all of those."""
+        return False
+
 
 @dataclass(frozen=True)
 class Site:

@@ -24,6 +24,9 @@ class BudgetConfig(MethodConfig):
         "uniform", description="the same ratio for every matrix, or more for those the output depends on"
     )
 
+    def fills_its_share(self) -> bool:
+        return self.allocation == "search"
+
     def least_kept(self) -> float:
         """Fraction of its bf16 bytes that a search leaves every matrix."""
         return _LEAST_SHARE * (1 - self.ratio)
