@@ -1,4 +1,4 @@
-"""Bases of methods that rotate, and of the KV cache: second moments of the whole model first, then the real run.
+"""Bases of methods that rotate, and of the KV cache: second moments of the whole model, before anything else.
 
 `compress.moments` gathers the moments; if asked, the Gram matrices of the weights that read the same directions are mixed
 in: a direction matters by how large it is and by how strongly it is read (CoQuant, arXiv:2604.26378). The bases are kept in
@@ -20,13 +20,12 @@ from compress.blockwise import Progress
 from compress.cache.attached import CACHE_MODULE, SIDES
 from compress.calibrate import data
 from compress.errors import CompressError
-from compress.layers import build
 from compress.lineage import Lineage
-from compress.model import build_skeleton, head_width
+from compress.model import head_width
 from compress.moments import Moments, gather
 from compress.orthonormal import hadamard_basis, pca_basis
 from compress.plan import HEAD
-from compress.prepare import Prepared
+from compress.prepare import Prepared, skeleton_of
 from compress.reorder import ReorderedSource
 from compress.rotation import (
     RotatedSource,
@@ -152,18 +151,14 @@ def rotated(prepared: Prepared, tokens: data.Tokens, staging: Path, lineage: Lin
         part: {int(name.split(".")[1]): basis for name, basis in stored.items() if name.startswith(part + ".")}
         for part in ("heads", "hidden")
     }
-    skeleton = build_skeleton(prepared.source.path)
-    source = prepared.source
+    source, model = prepared.source, prepared.model
     if "order" in stored:
-        source = ReorderedSource(source, skeleton, stored["order"])
-    source = RotatedSource(source, skeleton, Rotation(stored.get("stream"), **by_block))
-    norm = final_norm_spec(skeleton, source)
-    plan = prepared.plan
-    if norm is not None:
-        with torch.device("meta"):
-            skeleton.set_submodule(norm[0], build(norm[1]))
-        plan = replace(plan, others={norm[0]: norm[1]})
-    return replace(prepared, source=source, model=skeleton, plan=plan)
+        source = ReorderedSource(source, model, stored["order"])
+    source = RotatedSource(source, model, Rotation(stored.get("stream"), **by_block))
+    norm = final_norm_spec(model, source)
+    plan = prepared.plan if norm is None else replace(prepared.plan, others={norm[0]: norm[1]})
+    prepared = replace(prepared, source=source, plan=plan)
+    return replace(prepared, model=skeleton_of(prepared))  # moments have left weights in the other one
 
 
 def cache_bases(prepared: Prepared, moments: Moments | None, *, folded: bool) -> dict[str, Tensor]:

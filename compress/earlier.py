@@ -2,8 +2,8 @@
 
 A search spends most of its time on pricing candidates, and those prices say nothing of the total that they were wanted for.
 A checkpoint carries them (`allocation.json`), so the same model at another size needs the knapsack and the run alone. The
-candidates are those of the earlier size, half to one and a half times what it kept of a matrix, and all of it; the kind of
-dictionary is the one that was best there.
+candidates are those of the earlier size, half to one and a half times what it kept of a matrix, and all of it (of `resq` all
+widths); the kind of dictionary is the one that was best there.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def read_earlier(checkpoint: Path, prepared: Prepared, identity: dict[str, str],
         tried = {name: record[name]["candidates"] for name in sorted(record)}
         for job in open_jobs(prepared.plan):
             found, options, dense = [Candidate(**one) for one in tried[job.name]], job.rule.options, dense_bytes(job.spec)
-            candidates[job.name] = [one for one in found if options.keeps_enough(one.options["ratio"], one.bytes, dense)]
+            for one in found:
+                type(options)(**options.model_dump() | one.options)  # what nobody could have asked for was not tried
+            candidates[job.name] = [one for one in found if options.keeps_enough(one.bytes, dense)]
     except (KeyError, TypeError, ValueError) as error:
         raise CompressError(f"{file} is damaged; search again without --trials-from") from error
     if not all(candidates.values()):

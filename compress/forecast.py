@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 
 import torch
 from rich.table import Table
 
 from compress import methods
 from compress.calibrate.sensitivity import tokens_at_once
-from compress.errors import CompressError
-from compress.forms import Forms, is_open, kinds_of, one_of, open_jobs, own_size, sizes_of
+from compress.forms import Forms, is_open, kinds_of, one_of, open_jobs, own_size, sizes_of, spec_of
 from compress.layers import dense_bytes
 from compress.passes import BATCH_TOKENS, Passes
-from compress.plan import HEAD, Job, Plan, block_of, job_spec, minds, planned_bytes
+from compress.plan import HEAD, Job, Plan, block_of, minds, planned_bytes
 from compress.prepare import Prepared
 from compress.report import duration, megabytes, sizes
 
@@ -90,9 +88,8 @@ def trial_flops(prepared: Prepared) -> float:
         for tried in {form for kind in kept for form in own_size(job, kind)} | {*sizes_of(job, kept[0])}:
             quick = method.quick(tried) if hasattr(method, "quick") else tried
             neurons = outputs // one_of(method, tried, outputs)
-            with suppress(CompressError):  # what does not fit is not tried
-                spec = job_spec(prepared.model, job.name, prepared.source, job.rule.model_copy(update={"options": tried}))
-                total += method.flops(inputs, neurons, spec, quick)
+            spec = spec_of(prepared.model, prepared.source, job, tried)
+            total += method.flops(inputs, neurons, spec, quick) if spec else 0
     return total
 
 

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from torch import nn
+
 from compress import methods
-from compress.plan import HEAD, Job, Plan, minds
+from compress.errors import CompressError
+from compress.layers import Spec, dense_bytes, packed_bytes
+from compress.plan import HEAD, Job, Plan, job_spec, minds
+from compress.source import Source
 
 _NEURONS = 256  # of a matrix, at least, where they are tried one by one
 _ENOUGH = 4  # matrices of one name in which a form never was the best
@@ -23,7 +28,8 @@ def is_open(job: Job) -> bool:
     """Whether how a matrix is stored remains to be decided."""
     if job.block == HEAD:
         return False
-    return len(kinds_of(job)) > 1 or sizes_of(job, job.rule.options) != [job.rule.options]
+    searched = minds(job, "allocation", "search")
+    return searched or len(kinds_of(job)) > 1 or sizes_of(job, job.rule.options) != [job.rule.options]
 
 
 def kinds_of(job: Job) -> list[methods.MethodConfig]:
@@ -41,6 +47,15 @@ def sizes_of(job: Job, form: methods.MethodConfig) -> list[methods.MethodConfig]
 def own_size(job: Job, form: methods.MethodConfig) -> list[methods.MethodConfig]:
     """What may be tried of one form at the matrix's own share of bytes."""
     return sizes_of(job, form.model_copy(update={"allocation": "uniform"}))
+
+
+def spec_of(model: nn.Module, source: Source, job: Job, options: methods.MethodConfig) -> Spec | None:
+    """The spec of one way to store a matrix; None where it does not fit, or leaves less than a search by its rule may."""
+    try:
+        spec = job_spec(model, job.name, source, job.rule.model_copy(update={"options": options}))
+    except CompressError:
+        return None
+    return spec if job.rule.options.keeps_enough(packed_bytes(spec), dense_bytes(spec)) else None
 
 
 def one_of(method: ModuleType, options: methods.MethodConfig, neurons: int) -> int:

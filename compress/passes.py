@@ -1,4 +1,4 @@
-"""Passes over the original model before a run starts: forwards for trials, back for what the output minds.
+"""Passes over the original model, rotated or not, before a run starts: forwards for trials, back for what the output minds.
 
 Which of them a run needs, and on how many tokens, is read off its rules: a search and `weighting: fisher` need gradients
 of a few thousand tokens, `calibration.token_weighting` of all. Memory: one block, its activations, and the hidden states of

@@ -11,6 +11,7 @@ from torch import nn
 
 from compress.complete import require_filled
 from compress.errors import CompressError
+from compress.layers import build
 from compress.model import build_skeleton, decoder_blocks, require_compressible
 from compress.plan import Plan, block_of, make_plan
 from compress.recipe import Recipe
@@ -50,6 +51,15 @@ class Prepared:
             if index in counts:
                 counts[index] += (share if ".experts." in name else 1) * (tensor.num_bytes // tensor.dtype.itemsize)
         return [round(count) for count in counts.values()]
+
+
+def skeleton_of(prepared: Prepared) -> nn.Module:
+    """The run's model without weights, with the layers of our own that stand in it (`plan.others`)."""
+    skeleton = build_skeleton(prepared.source.path)
+    with torch.device("meta"):
+        for name, spec in prepared.plan.others.items():
+            skeleton.set_submodule(name, build(spec))
+    return skeleton
 
 
 def prepare(model: str | Path, recipe: Recipe, device: str = "auto") -> Prepared:

@@ -242,8 +242,8 @@ def _checked(cls: type[BaseModel], data: Mapping[str, Any], where: str, extra_ke
             raise cause from error
         came = f", got {first['input']!r}" if location and first["type"] != "missing" else ""
         message = first["msg"].removeprefix("Value error, ")
-        name = where + ".".join(location)
-        raise CompressError(f"recipe: {name}: {message}" + ("" if cause else came)) from error
+        name = (where + ".".join(location)).rstrip(".")  # a rule between keys has none
+        raise CompressError(": ".join(filter(None, ["recipe", name, message])) + ("" if cause else came)) from error
 
 
 def unknown_key(key: str, available: list[str]) -> str:

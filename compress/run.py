@@ -1,4 +1,4 @@
-"""The pipeline on one screen: open -> plan -> calibrate and compress block by block -> assemble -> publish.
+"""The pipeline on one screen: open -> plan -> rotate -> search -> calibrate and compress by blocks -> assemble -> publish.
 
 Work in progress lives beside the output, in `.NAME.partial`: `run.json` says what is being made, `block-*.safetensors`
 hold the packed tensors of finished blocks (`compress.staging`). Each file appears by a rename, so a run killed at any
@@ -37,8 +37,10 @@ from compress.report import Report
 from compress.rotation import RotatedSource
 from compress.source import ALLOCATION
 from compress.staging import (
+    BASES,
     TRIED,
-    check_staging,
+    check_bases,
+    check_blocks,
     forget_finished,
     identity_of,
     is_vacant,
@@ -98,12 +100,13 @@ def run(
     with locked(staging), _worth_keeping(staging, refused=True):
         _require_new(output, recipe)  # another process may have finished it since
         open_staging(staging, identity)
-        with _worth_keeping(staging, refused=False):
-            find(prepared, tokens, staging, progress, earlier)
-        prepared = allocated(prepared, tokens, staging)
-        check_staging(staging, prepared.plan, lineage)
+        check_bases(staging, lineage)
         with _worth_keeping(staging, refused=False):
             prepared = rotated(prepared, tokens, staging, lineage, progress)
+            find(prepared, tokens, staging, progress, earlier)  # on the rotated model: there errors are what they will be
+        prepared = allocated(prepared, tokens, staging)
+        check_blocks(staging, prepared.plan, lineage)
+        with _worth_keeping(staging, refused=False):
             modules = compress_blocks(prepared, tokens, staging, lineage, progress)
             report = Report(
                 modules=modules,
@@ -130,14 +133,14 @@ def run(
 
 @contextmanager
 def _worth_keeping(staging: Path, *, refused: bool) -> Iterator[None]:
-    """On failure, keep only what a resumed run can use: finished blocks and trials, which are hours of work on a large
-    model, and what was found by them. Where an error of ours may mean that what is there is refused, that is left."""
+    """On failure, keep only what a resumed run can use: finished blocks, bases and trials, which are hours of work on a
+    large model, and what was found by them. Where an error of ours may mean that what is there is refused, that is left."""
     try:
         yield
     except BaseException as error:
         if isinstance(error, CompressError) and refused:
             raise
-        finished = [*staging.glob("block-*.safetensors"), *staging.glob(SENSITIVITY), *staging.glob(TRIED)]
+        finished = [path for what in ("block-*.safetensors", SENSITIVITY, TRIED, BASES) for path in staging.glob(what)]
         if isinstance(error, CompressError) or not finished:
             shutil.rmtree(staging, ignore_errors=True)
         raise

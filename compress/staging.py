@@ -1,11 +1,11 @@
 """Work in progress, in `.NAME.partial` beside the output: what is being made, and the packed tensors of finished blocks.
 
     run.json              the identity of the run: a command that would make something else may not continue it
+    bases.*               bases of a rotation or a KV cache, and the hash of the weights they were made from
+    tried-*.json          the candidates of a block's matrices, until all have been tried
+    allocation.json       how every matrix is stored, and sensitivity.safetensors, what the output minds of it
     block-*.safetensors   the packed tensors of a finished block
     block-*.json          its figures, and the hash of the weights it was made from (`compress.lineage`)
-    bases.*               the same two for the bases of a rotation or a KV cache, which depend on all blocks
-    allocation.json       how every matrix is stored, and sensitivity.safetensors, what the output minds of it
-    tried-*.json          the candidates of a block's matrices, until all have been tried
     states/               hidden states on their way through a backward pass
     lock                  held by the process that works here
 
@@ -123,14 +123,18 @@ def open_staging(staging: Path, identity: dict[str, str]) -> None:
         )
 
 
-def check_staging(staging: Path, plan: Plan, lineage: Lineage) -> None:
-    """Make sure that the finished work in a directory is whole and was made from this model.
+def check_blocks(staging: Path, plan: Plan, lineage: Lineage) -> None:
+    """Make sure that the finished blocks in a directory are whole and were made from this model.
 
     Raises:
-        CompressError: it is not. It is left as it is.
+        CompressError: they are not. They are left as they are.
     """
     for index in sorted(finished_blocks(staging, plan), key=lambda index: (index == HEAD, index)):
         _check_block(staging, index, plan, lineage)
+
+
+def check_bases(staging: Path, lineage: Lineage) -> None:
+    """The same for bases, if there are any."""
     if (staging / BASES).exists():
         made_from = _read_json((staging / BASES).with_suffix(".json")).get("made_from")
         _stored(staging / BASES)

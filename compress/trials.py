@@ -1,8 +1,9 @@
 """Trials: what every way to store a matrix would cost, and what the model's output minds, found before the real run.
 
 Every matrix is compressed in the ways its rule leaves open (`kinds` and `alternatives` of its method), on statistics of the
-original model, and each is priced by what it does to the output. For rules with `allocation: search` an error counts by the
-sensitivity of the output neuron and of the tokens it falls on (`compress.calibrate.sensitivity`), in nats of KL per token:
+original model, rotated where a rule rotates it, and each is priced by what it does to the output. For rules with
+`allocation: search` an error counts by the sensitivity of the output neuron and of the tokens it falls on
+(`compress.calibrate.sensitivity`), in nats of KL per token:
 
     1/2 sum over output neurons n of f_n (w_n - what_n) E[s x x^T] / E[s] (w_n - what_n)^T
 
@@ -35,15 +36,14 @@ from compress.calibrate import data
 from compress.calibrate.sensitivity import Sensitivity, of_block, through_block
 from compress.calibrate.statistics import Gram
 from compress.errors import CompressError
-from compress.forms import Forms, kinds_of, one_of, own_size, sizes_of
+from compress.forms import Forms, kinds_of, one_of, own_size, sizes_of, spec_of
 from compress.jsonfile import read_json, write_json
 from compress.layers import Spec, packed_bytes
 from compress.linalg import SecondMoment, relative
 from compress.memory import give_back_freed_memory
-from compress.model import build_skeleton
 from compress.passes import BATCH_TOKENS, STATES, Passes, backwards, forwards
-from compress.plan import Job, job_spec, minds
-from compress.prepare import Prepared
+from compress.plan import Job, minds
+from compress.prepare import Prepared, skeleton_of
 from compress.staging import TRIED
 
 
@@ -70,7 +70,7 @@ class Trials:
 
 def run_trials(prepared: Prepared, jobs: list[Job], tokens: data.Tokens, staging: Path, progress: Progress) -> Trials:
     """Candidates of the open `jobs`, and what the output minds where any rule or the calibration asks for that."""
-    model = build_skeleton(prepared.source.path)  # of its own: it is left with weights in it
+    model = skeleton_of(prepared)  # of its own: it is left with weights in it
     prepared = replace(prepared, model=model)
     passes = Passes(prepared, jobs, tokens.count)
     tokens = tokens if passes.share else tokens.first(passes.tokens)
@@ -172,10 +172,8 @@ def _tried(
 
     def trial(options: methods.MethodConfig) -> Candidate | None:
         """The price of one alternative; None when it does not fit the matrix."""
-        rule = job.rule.model_copy(update={"options": options})
-        try:
-            spec = job_spec(prepared.model, job.name, prepared.source, rule)
-        except CompressError:
+        spec = spec_of(prepared.model, prepared.source, job, options)
+        if spec is None:
             return None
         key = json.dumps(spec, sort_keys=True)
         if key not in found:

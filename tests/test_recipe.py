@@ -52,6 +52,14 @@ WRONG = {
     "no weights": ({}, "weights"),
     "no method": ({"weights": {"ratio": 0.2}}, "needs a `method`"),
     "empty list": ({"weights": []}, "expected one rule"),
+    "options that clash": (
+        {"weights": {"method": "resq", "target_bits": 4}},
+        "^recipe: weights: ratio, target_size and target_bits are for allocation: search; without one, bits decides$",
+    ),
+    "sections that clash": (
+        {"calibration": {"inputs": "original"}, "refine": {"epochs": 1}, "weights": {"method": "cospadi"}},
+        "^recipe: refine makes good what predecessors did",
+    ),
     "options of none": ({"weights": {"method": "none", "ratio": 0.2}}, "takes no options"),
 }
 

@@ -165,7 +165,7 @@ def test_a_lock_on_work_that_never_began_leaves_nothing(tmp_path: Path) -> None:
 
 def test_an_interrupt_between_the_stages_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = save_tiny(tmp_path / "tiny")
-    monkeypatch.setattr("compress.run.check_staging", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("compress.run.check_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(tiny, Recipe.from_dict(tiny_recipe()), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

@@ -8,9 +8,12 @@ from pydantic import ByteSize, Field
 
 from compress.methods import MethodConfig
 
+WIDTHS = (2, 3, 4, 5, 6, 8)  # of integers that a search tries
+
 # what a matrix may keep, relative to what it would keep if all kept the same: half at the least, or a search drives whole
 # matrices to zero, which a sum of errors does not see (Swift-SVD)
 _LEAST_SHARE = 0.5
+_NEARLY = 0.95  # sizes come in steps: whole widths of integers, ranks, multiples of nonzeros
 _SHARES = (_LEAST_SHARE, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 
 
@@ -31,9 +34,9 @@ class BudgetConfig(MethodConfig):
         """Fraction of its bf16 bytes that a search leaves every matrix."""
         return _LEAST_SHARE * (1 - self.ratio)
 
-    def keeps_enough(self, ratio: float, stored_bytes: int, dense_bytes: int) -> bool:
-        """Whether a search may take this ratio for a matrix, which then is stored in so many bytes."""
-        return 1 - ratio >= self.least_kept() - 1e-9
+    def keeps_enough(self, stored_bytes: int, dense_bytes: int) -> bool:
+        """Whether a search may store a matrix in so many bytes."""
+        return stored_bytes >= _NEARLY * self.least_kept() * dense_bytes
 
     def ratios(self) -> list[float]:
         """The ratios to try for a matrix."""

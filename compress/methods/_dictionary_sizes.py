@@ -13,13 +13,12 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from compress.kernels.pack import packed_width
-from compress.layers import Spec, dense_bytes, packed_bytes
+from compress.layers import Spec
 from compress.layers.sparse_dictionary import all_atoms, atom_groups
 from compress.methods import MAX_SEED, Site
-from compress.methods._budget import BudgetConfig
+from compress.methods._budget import WIDTHS, BudgetConfig
 
 _BALANCES = {"none": 0, "2:4": 4, "16:32": 32}
-_WIDTHS = (2, 3, 4, 5, 6, 8)
 _LEAST_USED = {3: 0.0, 4: 0.6}  # by the width of sparse codes, the share of nonzeros from which they are worth a trial
 _LEARNED_WIDTHS = (4, 8)  # of codes of learned atoms
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
@@ -55,12 +54,6 @@ class Config(BudgetConfig):
         """YAML 1.1 reads an unquoted 2:4 as minutes and seconds."""
         return {2 * 60 + 4: "2:4", 16 * 60 + 32: "16:32"}.get(value, value) if isinstance(value, int) else value
 
-    def keeps_enough(self, ratio: float, stored_bytes: int, dense_bytes: int) -> bool:
-        """As in every search; of a given width not all that a ratio leaves is used, so bytes decide, to some per cent."""
-        if self.value_bits != "auto":
-            return super().keeps_enough(ratio, stored_bytes, dense_bytes)
-        return stored_bytes >= 0.95 * self.least_kept() * dense_bytes
-
     def fills_its_share(self) -> bool:
         """As in every search; a width that is still to be found takes no more, either."""
         return super().fills_its_share() or self.value_bits == "auto"
@@ -93,14 +86,13 @@ def alternatives(site: Site, config: Config) -> list[Config]:
     if config.value_bits != "auto":
         return [config.model_copy(update={"ratio": ratio}) for ratio in config.ratios()]
     tries = []
-    for ratio, bits in product(config.ratios(), _WIDTHS):
+    for ratio, bits in product(config.ratios(), WIDTHS):
         one = config.model_copy(update={"ratio": ratio, "value_bits": bits})
         with suppress(ValueError):
             spec = plan(site, one)
             used = spec["num_nonzeros"] / _most_used(site, config)
             worth_it = bits in _LEARNED_WIDTHS if spec["num_atoms"] else used >= _LEAST_USED.get(bits, 1)
-            spec |= {"in_features": site.in_features, "out_features": site.out_features, "bias": False}
-            if worth_it and config.keeps_enough(ratio, packed_bytes(spec), dense_bytes(spec)):
+            if worth_it:
                 tries.append(one)
     return tries
 
@@ -153,7 +145,7 @@ def _most_used(site: Site, config: Config) -> int:
 
 
 def _widest(site: Site, config: Config) -> int:
-    for bits in reversed(_WIDTHS):
+    for bits in reversed(WIDTHS):
         with suppress(ValueError):
             spec = plan(site, config.model_copy(update={"value_bits": bits}))
             if spec["num_nonzeros"] >= _most_used(site, config):

@@ -121,3 +121,18 @@ run({str(tiny_llama)!r}, Recipe.load("resq", {changes!r}), {str(tmp_path / "out"
         subprocess.run([sys.executable, "-P", "-c", code], check=True)
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_search_for_widths_has_a_budget_and_plain_inputs() -> None:
+    with pytest.raises(ValueError, match="bits decides"):
+        resq.Config(target_bits=4)
+    with pytest.raises(ValueError, match="bits decides"):
+        resq.Config(ratio=0.5)
+    with pytest.raises(ValueError, match="activation_bits: 16"):
+        resq.Config(allocation="search", activation_bits=4)
+    site, config = SMOLLM2[0][0], resq.Config(allocation="search", high_bits=6, ratio=0.75)
+    tried = resq.alternatives(site, config)
+    assert [(one.bits, one.high_bits) for one in tried] == [(2, 4), (3, 5), (4, 6), (5, 7), (6, 8), (8, 8)]
+    with pytest.raises(ValueError, match="rule of its own"):
+        resq.plan(Site(64, 512), config)
+    assert resq.alternatives(site, resq.Config()) == [resq.Config()]
