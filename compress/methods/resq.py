@@ -32,7 +32,7 @@ _RATIO = 0.75
 
 class Config(GptqConfig, BudgetConfig):
     ratio: float = Field(
-        0.75, ge=0, lt=1, description="what a search removes of the bf16 bytes; without one, `bits` decides"
+        _RATIO, ge=0, lt=1, description="what a search removes of the bf16 bytes; without one, `bits` decides"
     )
     group_size: int = Field(0, ge=0, description="input columns that share a scale; 0: one scale per precision part")
     high_bits: int = Field(
