@@ -29,7 +29,7 @@ from compress.forecast import size_notes, states_bytes
 from compress.forms import open_jobs
 from compress.lineage import Lineage, model_identity
 from compress.memory import peak_memory_bytes
-from compress.passes import STATES
+from compress.passes import STATES, Passes
 from compress.plan import HEAD, planned_bytes
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
@@ -91,8 +91,8 @@ def run(
     for note in (f"calibrating on {tokens.count} tokens ({len(tokens.ids)} sequences) of {tokens.origin}", *tokens.notes):
         progress.note(note)
     _require_space(prepared, staging, passes=trials_from is None)
-    identity, earlier = _identity(prepared, tokens), None
-    lineage = Lineage(prepared.source, prepared.plan)
+    lineage, earlier = Lineage(prepared.source, prepared.plan), None
+    identity = _identity(prepared, tokens, lineage)
     if trials_from is not None:
         earlier = read_earlier(Path(trials_from), prepared, identity, lineage)
         identity["trials"] = earlier.digest
@@ -226,11 +226,12 @@ def _tokens(prepared: Prepared, texts: Sequence[str] | None) -> data.Tokens:
     )
 
 
-def _identity(prepared: Prepared, tokens: data.Tokens) -> dict[str, str]:
+def _identity(prepared: Prepared, tokens: data.Tokens, lineage: Lineage) -> dict[str, str]:
     """Everything that decides the bytes of the result; two runs that differ in any of it do not continue each other."""
-    versions = checkpoint.versions()
+    versions, found = checkpoint.versions(), Passes(prepared, open_jobs(prepared.plan), tokens.count).needed
     return {
         "model": model_identity(prepared.source, prepared.plan),
+        **({"block weights": lineage.of(HEAD)} if found else {}),  # what passes find out depends on all of them
         "recipe": prepared.recipe.digest(),
         "calibration tokens": tokens.digest(),
         "compute dtype": f"{prepared.dtype} on {prepared.device.type}",

@@ -398,6 +398,20 @@ def test_bases_outlive_an_interrupt_of_the_trials(tiny: Path, tmp_path: Path, mo
     run(tiny, recipe, tmp_path / "out")
 
 
+def test_trials_of_other_weights_are_not_resumed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.from_dict(tiny_recipe(dictionary="identity", allocation="search", ratio=0.3))
+    monkeypatch.setattr("compress.run.compress_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, recipe, tmp_path / "out")
+    tensors = load_file(tiny / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][-1, -1] += 1
+    save_file(tensors, tiny / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("compress.run.compress_blocks", compress_blocks)
+    with pytest.raises(CompressError, match="unfinished run with another block weights"):
+        run(tiny, recipe, tmp_path / "out")
+    assert (tmp_path / ".out.partial" / "allocation.json").exists(), "left as it is"
+
+
 def test_a_search_of_widths_leaves_the_head_to_a_rule_of_its_own(tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "tiny", tie_word_embeddings=False)
     weights = {"allocation": "search", **SEARCHES["rotated"], "targets": ["*_proj", "lm_head"]}
