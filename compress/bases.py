@@ -126,6 +126,8 @@ def wanted_rotation(prepared: Prepared) -> Wanted | None:
 def rotated(prepared: Prepared, tokens: data.Tokens, staging: Path, lineage: Lineage, progress: Progress) -> Prepared:
     """The same run on the rotated model and with the cache's bases, if its recipe asks for them."""
     wanted, kv = wanted_rotation(prepared), prepared.recipe.kv_cache
+    if wanted is None and kv is None:
+        return prepared
     file = staging / BASES
     if not file.exists():
         by_moments = [kv.basis if kv else "none", *((wanted.stream, wanted.heads) if wanted else ())]

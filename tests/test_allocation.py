@@ -28,9 +28,9 @@ from compress.knapsack import choose
 from compress.layers import compressed_matrices, dense_bytes, packed_bytes
 from compress.linalg import SecondMoment
 from compress.methods import Site, cospadi
-from compress.model import build_skeleton, materialise, materialise_head
+from compress.model import materialise, materialise_head
 from compress.plan import Job, planned_bytes
-from compress.prepare import prepare
+from compress.prepare import prepare, skeleton_of
 from compress.recipe import Recipe
 from compress.report import megabytes
 from compress.run import _tokens, run
@@ -226,7 +226,7 @@ def test_what_lies_behind_the_blocks_is_dropped_on_the_way_back(tmp_path: Path, 
     """The head and an embedding of its own are as large as many blocks."""
     prepared = prepare(save_tiny(tmp_path / "tiny", tie_word_embeddings=False), Recipe.from_dict(tiny_recipe()), "cpu")
     models, seen = [], []
-    monkeypatch.setattr(trials, "build_skeleton", lambda path: models.append(build_skeleton(path)) or models[-1])
+    monkeypatch.setattr(trials, "skeleton_of", lambda prepared: models.append(skeleton_of(prepared)) or models[-1])
 
     def watched(*arguments: object) -> dict:
         head, embedding = models[0].get_output_embeddings().weight, models[0].get_input_embeddings().weight
