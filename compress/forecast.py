@@ -12,7 +12,7 @@ from compress.calibrate.sensitivity import tokens_at_once
 from compress.forms import Forms, is_open, kinds_of, one_of, open_jobs, own_size, sizes_of, spec_of
 from compress.layers import dense_bytes
 from compress.passes import BATCH_TOKENS, Passes
-from compress.plan import HEAD, Job, Plan, block_of, minds, planned_bytes
+from compress.plan import HEAD, Job, Plan, added_bytes, block_of, minds, planned_bytes
 from compress.prepare import Prepared
 from compress.report import duration, megabytes, sizes
 
@@ -164,8 +164,10 @@ def forecast_table(prepared: Prepared, *, trials: bool = True) -> Table:
     fewer = f"{100 * (1 - packed / plan.dense_bytes):.1f} % fewer"
     table.add_section()
     table.add_row("total", "", "", fewer, megabytes(plan.dense_bytes), megabytes(packed))
-    whole = prepared.source.stored_bytes
-    table.add_row("whole checkpoint", "", "", "", megabytes(whole), megabytes(whole - prepared.replaced_bytes + packed))
+    whole, added = prepared.source.stored_bytes, added_bytes(prepared.model, prepared.recipe)
+    table.add_row(
+        "whole checkpoint", "", "", "", megabytes(whole), megabytes(whole - prepared.replaced_bytes + packed + added)
+    )
     memory = _roughly(predicted_memory_bytes(prepared, trials=trials))
     table.add_row("memory, about", "", "", "", "", f"{memory / 1e6:,.0f} MB")
     minutes = _roughly(predicted_seconds(prepared, trials=trials) / 60)

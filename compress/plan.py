@@ -12,7 +12,7 @@ from compress import methods
 from compress.budget import needs_budget, settled
 from compress.errors import CompressError
 from compress.layers import Spec, dense_bytes, packed_bytes
-from compress.model import Source, decoder_blocks, inputs_of, is_tied, output_head
+from compress.model import Source, decoder_blocks, head_width, inputs_of, is_tied, output_head
 from compress.recipe import Recipe, Rule
 from compress.suggest import unknown
 
@@ -99,7 +99,7 @@ def _budgeted(model: nn.Module, source: Source, recipe: Recipe, linears: dict[st
         rule = recipe.weights[number]
         if not needs_budget(rule.options):
             continue
-        mine, other = 0, source.stored_bytes
+        mine, other = 0, source.stored_bytes + added_bytes(model, recipe)
         for name, module in linears.items():
             tensor, chosen = source.tensors.get(f"{name}.weight"), recipe.rule_for(name)
             if tensor is None or chosen is None:
@@ -116,6 +116,13 @@ def _budgeted(model: nn.Module, source: Source, recipe: Recipe, linears: dict[st
         rules[number] = rule.model_copy(update={"options": settled(rule.options, mine, other)})
         recipe = recipe.model_copy(update={"weights": tuple(rules)})
     return recipe
+
+
+def added_bytes(model: nn.Module, recipe: Recipe) -> int:
+    """What a rotation adds to a checkpoint: the final norm becomes a matrix where the embedding is tied."""
+    width = model.config.get_text_config(decoder=True).hidden_size
+    asked = {rule.rotation(width, head_width(model)) for rule in recipe.weights} - {None}
+    return 2 * width**2 if is_tied(model) and any(wanted.stream in ("pca", "hadamard") for wanted in asked) else 0
 
 
 def minds(job: Job, option: str, value: str) -> bool:

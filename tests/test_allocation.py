@@ -398,6 +398,15 @@ def test_bases_outlive_an_interrupt_of_the_trials(tiny: Path, tmp_path: Path, mo
     run(tiny, recipe, tmp_path / "out")
 
 
+def test_a_target_size_counts_the_norm_of_a_rotated_model(tiny: Path, tmp_path: Path) -> None:
+    dense = prepare(tiny, Recipe.from_dict(tiny_recipe()), "cpu")
+    wanted = dense.source.stored_bytes - dense.replaced_bytes + dense.plan.dense_bytes // 3
+    weights = {"method": "resq", "high_bits": 6, "allocation": "search", "target_size": wanted}
+    run(tiny, Recipe.from_dict({**tiny_recipe(), "weights": weights}), tmp_path / "out")
+    stored = sum(t.numel() * t.element_size() for t in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert 0.95 * wanted < stored <= wanted
+
+
 def test_trials_of_other_weights_are_not_resumed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.from_dict(tiny_recipe(dictionary="identity", allocation="search", ratio=0.3))
     monkeypatch.setattr("compress.run.compress_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
