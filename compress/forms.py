@@ -13,6 +13,7 @@ from compress import methods
 from compress.errors import CompressError
 from compress.layers import Spec, dense_bytes, packed_bytes
 from compress.plan import HEAD, Job, Plan, job_spec, minds
+from compress.report import megabytes
 from compress.source import Source
 
 _NEURONS = 256  # of a matrix, at least, where they are tried one by one
@@ -56,6 +57,26 @@ def spec_of(model: nn.Module, source: Source, job: Job, options: methods.MethodC
     except CompressError:
         return None
     return spec if job.rule.options.keeps_enough(packed_bytes(spec), dense_bytes(spec)) else None
+
+
+def require_room(model: nn.Module, source: Source, plan: Plan) -> None:
+    """Refuse a search for a size that the smallest forms of its matrices do not reach, before anything is tried.
+
+    Raises:
+        CompressError: with the bytes that they take.
+    """
+    searched = [job for job in plan.jobs if minds(job, "allocation", "search")]
+    for rule in dict.fromkeys(job.rule for job in searched):
+        least, limit = 0, 0.0
+        for job in (job for job in searched if job.rule == rule):
+            specs = [spec_of(model, source, job, form) for kind in kinds_of(job) for form in sizes_of(job, kind)]
+            least += min((packed_bytes(spec) for spec in specs if spec), default=0)
+            limit += (1 - rule.options.ratio) * dense_bytes(job.spec)
+        if least > limit:
+            raise CompressError(
+                f"recipe: the smallest forms of {', '.join(rule.targets)} take {megabytes(least)}, the budget leaves them "
+                f"{megabytes(limit)}; choose a larger size"
+            )
 
 
 def one_of(method: ModuleType, options: methods.MethodConfig, neurons: int) -> int:

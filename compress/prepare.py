@@ -11,6 +11,7 @@ from torch import nn
 
 from compress.complete import require_filled
 from compress.errors import CompressError
+from compress.forms import require_room
 from compress.layers import build
 from compress.model import build_skeleton, decoder_blocks, require_compressible
 from compress.plan import Plan, block_of, make_plan
@@ -70,6 +71,7 @@ def prepare(model: str | Path, recipe: Recipe, device: str = "auto") -> Prepared
     source, notes = _used(source, skeleton)
     chosen = choose_device(device)
     plan = make_plan(skeleton, source, recipe)
+    require_room(skeleton, source, plan)
     plan = replace(plan, notes=plan.notes + notes)
     stored = source.tensors[f"{plan.jobs[0].name}.weight"].dtype
     return Prepared(source, skeleton, recipe, plan, chosen, compute_dtype(chosen, stored))

@@ -407,6 +407,12 @@ def test_a_target_size_counts_the_norm_of_a_rotated_model(tiny: Path, tmp_path: 
     assert 0.95 * wanted < stored <= wanted
 
 
+def test_a_size_without_room_is_refused_before_the_search(wide: Path) -> None:
+    weights = {"method": "resq", "high_bits": 6, "allocation": "search", "target_bits": 2}
+    with pytest.raises(CompressError, match=r"smallest forms of \*_proj take .* MB, the budget leaves them .* larger size"):
+        prepare(wide, Recipe.from_dict({**tiny_recipe(), "weights": weights}), "cpu")
+
+
 def test_trials_of_other_weights_are_not_resumed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.from_dict(tiny_recipe(dictionary="identity", allocation="search", ratio=0.3))
     monkeypatch.setattr("compress.run.compress_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
