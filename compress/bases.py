@@ -113,7 +113,7 @@ def wanted_rotation(prepared: Prepared) -> Wanted | None:
         CompressError: rules that ask for different rotations, or a model that cannot be rotated.
     """
     config = prepared.model.config.get_text_config(decoder=True)
-    asked = {rule.rotation(config.hidden_size, head_width(prepared.model)) for rule in prepared.recipe.weights} - {None}
+    asked = prepared.recipe.rotations(config.hidden_size, head_width(prepared.model))
     if len(asked) > 1:
         raise CompressError("the rules ask for different rotations of one model; give all of them the same basis options")
     if not asked:

@@ -5,6 +5,7 @@ A method lists kinds (dictionaries, widths) to compare at equal bytes and sizes 
 
 from __future__ import annotations
 
+from collections import Counter
 from types import ModuleType
 
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from compress import methods
 from compress.errors import CompressError
 from compress.layers import Spec, dense_bytes, packed_bytes
-from compress.plan import HEAD, Job, Plan, job_spec, minds
+from compress.plan import HEAD, Job, Plan, job_spec, minds, planned_bytes
 from compress.report import megabytes
 from compress.source import Source
 
@@ -29,8 +30,7 @@ def is_open(job: Job) -> bool:
     """Whether how a matrix is stored remains to be decided."""
     if job.block == HEAD:
         return False
-    searched = minds(job, "allocation", "search")
-    return searched or len(kinds_of(job)) > 1 or sizes_of(job, job.rule.options) != [job.rule.options]
+    return len(kinds_of(job)) > 1 or sizes_of(job, job.rule.options) != [job.rule.options]
 
 
 def kinds_of(job: Job) -> list[methods.MethodConfig]:
@@ -65,13 +65,13 @@ def require_room(model: nn.Module, source: Source, plan: Plan) -> None:
     Raises:
         CompressError: with the bytes that they take.
     """
-    searched = [job for job in plan.jobs if minds(job, "allocation", "search")]
-    for rule in dict.fromkeys(job.rule for job in searched):
-        least, limit = 0, 0.0
-        for job in (job for job in searched if job.rule == rule):
+    for rule in dict.fromkeys(job.rule for job in plan.jobs if minds(job, "allocation", "search")):
+        searched = [job for job in plan.jobs if job.rule == rule and job.block != HEAD]
+        limit, least = sum(map(planned_bytes, searched)), 0
+        counts = Counter(map(_key, searched))
+        for key, job in {_key(job): job for job in searched}.items():  # those that are alike have the same forms
             specs = [spec_of(model, source, job, form) for kind in kinds_of(job) for form in sizes_of(job, kind)]
-            least += min((packed_bytes(spec) for spec in specs if spec), default=0)
-            limit += (1 - rule.options.ratio) * dense_bytes(job.spec)
+            least += counts[key] * min((packed_bytes(spec) for spec in specs if spec), default=0)
         if least > limit:
             raise CompressError(
                 f"recipe: the smallest forms of {', '.join(rule.targets)} take {megabytes(least)}, the budget leaves them "
@@ -89,6 +89,11 @@ def _site(job: Job) -> methods.Site:
     return methods.Site(job.spec["in_features"], job.spec["out_features"])
 
 
+def _key(job: Job) -> tuple:
+    """Equal for matrices that are alike: name, sizes and rule."""
+    return job.name.rpartition(".")[2], job.spec["in_features"], job.spec["out_features"], job.rule
+
+
 class Forms:
     """The kinds of dictionary that are still worth a trial, by the matrix's name, sizes and rule."""
 
@@ -98,14 +103,10 @@ class Forms:
 
     def worth_it(self, job: Job, count: int) -> list[int]:
         """Which of `count` kinds to try on a matrix."""
-        key = self._key(job)
+        key = _key(job)
         return list(range(count)) if self.seen.get(key, 0) < _ENOUGH else sorted(self.won[key])
 
     def note(self, job: Job, best: int) -> None:
-        key = self._key(job)
+        key = _key(job)
         self.seen[key] = self.seen.get(key, 0) + 1
         self.won.setdefault(key, set()).add(best)
-
-    @staticmethod
-    def _key(job: Job) -> tuple:
-        return job.name.rpartition(".")[2], job.spec["in_features"], job.spec["out_features"], job.rule

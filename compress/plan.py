@@ -121,8 +121,8 @@ def _budgeted(model: nn.Module, source: Source, recipe: Recipe, linears: dict[st
 def added_bytes(model: nn.Module, recipe: Recipe) -> int:
     """What a rotation adds to a checkpoint: the final norm becomes a matrix where the embedding is tied."""
     width = model.config.get_text_config(decoder=True).hidden_size
-    asked = {rule.rotation(width, head_width(model)) for rule in recipe.weights} - {None}
-    return 2 * width**2 if is_tied(model) and any(wanted.stream in ("pca", "hadamard") for wanted in asked) else 0
+    turned = any(wanted.turns_stream for wanted in recipe.rotations(width, head_width(model)))
+    return 2 * width**2 if turned and is_tied(model) else 0
 
 
 def minds(job: Job, option: str, value: str) -> bool:

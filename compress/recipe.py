@@ -186,6 +186,10 @@ class Recipe(_Strict):
             **({"kv_cache": self.kv_cache.resolved()} if self.kv_cache else {}),
         }
 
+    def rotations(self, hidden_size: int, head_dim: int) -> set[Any]:
+        """The different rotations that its rules ask for."""
+        return {rule.rotation(hidden_size, head_dim) for rule in self.weights} - {None}
+
     def digest(self) -> str:
         """Hash of everything that decides the bytes of the result; the default model's name is not among it."""
         data = {key: value for key, value in self.resolved().items() if key != "model"}

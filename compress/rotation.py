@@ -54,6 +54,11 @@ class Wanted:
     weight_share: float = 0.0
     seed: int = 0
 
+    @property
+    def turns_stream(self) -> bool:
+        """Whether the stream gets other coordinates, not the same in another order."""
+        return self.stream in ("pca", "hadamard")
+
 
 def high_channels(width: int, share: float) -> int:
     """r near `share` of a width: a multiple of 64, of 32 below a width of 1024, of 8 in the tiny ones of tests."""
@@ -74,7 +79,7 @@ def norm_readers() -> dict[str, tuple[str, ...]]:
 
 def require_rotatable(model: nn.Module, wanted: Wanted) -> None:
     """Refuse architectures whose function these foldings would change, by name."""
-    if wanted.stream not in ("pca", "hadamard"):
+    if not wanted.turns_stream:
         require_reorderable(model)
         missing = _missing_linears(model, wanted)
         if missing:
