@@ -30,7 +30,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compress.kernels import gpu, gpu_attention, gpu_hadamard, gpu_packing, gpu_products, gpu_rounded, gpu_rounding
+from compress.kernels import (
+    gpu,
+    gpu_attention,
+    gpu_decode,
+    gpu_groups,
+    gpu_hadamard,
+    gpu_packing,
+    gpu_products,
+    gpu_rounded,
+    gpu_rounding,
+)  # fmt: skip
 from compress.kernels.affine_groups import EIGHT_BITS
 
 TARGETS = {
@@ -72,6 +82,7 @@ TYPES = {
 # multiples of 16, which a launch finds out by itself
 ALIGNED = {
     "packed_product": ("N", "K", "row_values", "mask_bytes", "group_size", "x_stride"),
+    "decode_product": ("N", "K", "x_stride", "words"),
     "packed_expand": ("N", "K", "row_values", "mask_bytes", "group_size", "out_stride"),
     "transform": ("x_stride", "y_stride", "plane"),
     "rounded_product": ("low_bytes", "high_bytes"),
@@ -86,12 +97,15 @@ PACKING = [
 ]  # fmt: skip
 OPTIONS = ("num_warps", "enable_fp_fusion")  # of a launch of group_pack, among its constants
 UNFUSED = {"enable_fp_fusion": False}  # of launches that round as the reference does
-TILE = {"ROWS": gpu.ROWS, "EIGHTS": gpu.EIGHTS}
+TILE = {"ROWS": gpu_groups.ROWS, "EIGHTS": gpu_groups.EIGHTS}
 # instructions per weight of the loop on sm_90, as first measured with triton 3.9.0
 BUDGET = {
     "packed_product 2": 5.5, "packed_product 3": 7.7, "packed_product 4": 5.3, "packed_product 5": 9.9,
     "packed_product 6": 10.2, "packed_product 7": 11.3, "packed_product 8": 6.9, "packed_product sparse 3": 30.0,
     "packed_product sparse 4": 27.1, "packed_product sparse 8": 20.1, "packed_product sparse 16": 13.1,
+    "decode_product 2": 6.1, "decode_product 3": 7.9, "decode_product 4": 6.2, "decode_product 5": 9.0,
+    "decode_product 6": 9.7, "decode_product 7": 11.4, "decode_product 8": 6.3, "decode_product sparse 3": 34.5,
+    "decode_product sparse 4": 28.9, "decode_product sparse 8": 22.5, "decode_product sparse 16": 17.4,
     "rounded_product 4 tokens 16": 5.0, "rounded_product 4 tokens 128": 5.8, "rounded_product 6 tokens 16": 13.3,
     "rounded_product 6 tokens 128": 14.6, "rounded_product 8 tokens 16": 3.1, "rounded_product 8 tokens 128": 4.2,
 }  # fmt: skip
@@ -104,7 +118,7 @@ def cases(quick: bool, target: str) -> list[Case]:
     """What is shipped."""
     hopper = target == "sm_90"
     packed = [(*case, {"num_warps": gpu.WARPS}) for case in packed_cases(quick, hopper)]
-    return packed + packing_cases(quick) + rounded_cases(quick, hopper) + hadamard_cases(quick, hopper)
+    return packed + decode_cases(quick) + packing_cases(quick) + rounded_cases(quick, hopper) + hadamard_cases(quick, hopper)
 
 
 def packing_cases(quick: bool) -> list[Case]:
@@ -149,12 +163,14 @@ def hadamard_cases(quick: bool, hopper: bool) -> list[Case]:
         [(14336, 512)] if quick else [(1536, 128), (8192, 8192), (11008, 32), (14336, 512), (18944, 128)]
     ):
         shape = gpu_hadamard.shape_of(width, sylvester, torch.bfloat16, hopper)
-        for rounds in [True] * shape.whole + [False] * (not quick):
+        few = shape._replace(taken=min(shape.taken, gpu_hadamard.LEAST))
+        cut = [(shape, True)] * shape.whole + [(shape, False), (few, False)] * (not quick)
+        for shape, rounds in cut:
             constants = {
                 "ROUND": rounds, "CENTRED": False, "PLANES": 2, "ROWS": shape.taken, "COLUMNS": shape.columns,
-                "CHUNK": gpu_hadamard.CHUNK, "PRECISION": "tf32x3",
+                "CHUNK": shape.chunk, "PRECISION": "tf32x3",
             }  # fmt: skip
-            name = f"transform {width}{' rounded' * rounds}"
+            name = f"transform {width}{' rounded' * rounds} {shape.taken} rows"
             found.append((name, gpu_hadamard.transform, constants, {"num_warps": gpu_hadamard.warps(shape)} | UNFUSED))
     return found
 
@@ -164,7 +180,7 @@ def packed_cases(quick: bool, hopper: bool) -> list[tuple[str, object, dict]]:
     found = [case for bits in widths for case in _product_cases(bits, False, quick, hopper)]
     found += [case for bits in [*widths, 16] for case in _product_cases(bits, True, quick, hopper)]
     found += [
-        (f"group_expand {bits}", gpu.group_expand, {"EIGHT_BITS": eight, "CENTRE": eight, "BITS": bits, **TILE})
+        (f"group_expand {bits}", gpu_groups.group_expand, {"EIGHT_BITS": eight, "CENTRE": eight, "BITS": bits, **TILE})
         for bits in widths
         for eight in (True, False)
     ]
@@ -203,6 +219,21 @@ def _product_cases(bits: int, masked: bool, quick: bool, hopper: bool) -> list[t
     return found
 
 
+def decode_cases(quick: bool) -> list[Case]:
+    """The product of one token, with groups of 128 and, on the way, learned atoms."""
+    found = []
+    for bits, masked in [(4, False), (16, True)] if quick else [(b, m) for b in (*range(2, 9), 16) for m in (False, True)]:
+        if masked or bits < 16:
+            rows, warps = gpu_decode.MASKED_TILE if masked else (gpu_decode.ROWS, gpu_decode.WARPS)
+            constants = {
+                "BITS": bits, "MASKED": masked, "GROUP": 16, "UNITS": masked and bits < 16, "ROWS": rows,
+                "EIGHTS": gpu_decode.LANES * warps,
+            }  # fmt: skip
+            name = f"decode_product {'sparse ' * masked}{bits}"
+            found.append((name, gpu_decode.decode_product, constants, {"num_warps": warps}))
+    return found
+
+
 def compiled(kernel: object, constants: dict, options: dict, target: str) -> object:
     if "PRECISION" in constants and target.startswith("gfx"):
         constants = constants | {"PRECISION": "ieee"}
@@ -211,8 +242,10 @@ def compiled(kernel: object, constants: dict, options: dict, target: str) -> obj
     types["affine"] = "*u8" if constants.get("EIGHT_BITS") else "*bf16"
     if kernel is gpu_packing.group_pack:  # scales are written as they are stored
         types["affine"] = "*u8" if constants["UNITS"] else "*i16"
-    if kernel in (gpu_products.packed_product, gpu_products.packed_expand) and not constants["MASKED"]:
-        types["values"] = {2: "*i16", 4: "*i32"}.get(constants["BITS"], "*u8")
+    products = gpu_products.packed_product, gpu_products.packed_expand, gpu_decode.decode_product
+    if kernel in products and not constants["MASKED"]:
+        words = {2: "*i16", 4: "*i32"} | ({8: "*i64"} if kernel is gpu_decode.decode_product else {})
+        types["values"] = words.get(constants["BITS"], "*u8")
     if kernel is gpu_hadamard.transform:
         types["y"] = "*i8" if constants["ROUND"] else "*bf16"
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
@@ -277,7 +310,9 @@ def main() -> int:
             weights = 2 * gpu_products.ROWS * 8 * constants.get("EIGHTS", 0)  # two steps
             if kernel is gpu_rounded.rounded_product:
                 weights = constants["ROWS"] * constants["LOW_RUNS"] * constants["LOW_PLANES"]
-            if loop and ("packed_product" in name or constants.get("HIGH") == 0):
+            if kernel is gpu_decode.decode_product:
+                weights = constants["ROWS"] * 8 * constants["EIGHTS"]
+            if loop and ("_product" in name and constants.get("HIGH", 0) == 0):
                 line["instructions_per_weight"] = round(loop * 32 * options["num_warps"] / weights, 2)
             limit = 1.1 * BUDGET.get(name, float("inf"))
             good = line["spills"] == 0 and line["registers"] <= 256

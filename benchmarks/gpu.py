@@ -132,6 +132,7 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--layers", nargs="+", default=list(SHAPES["8b"]), choices=list(SHAPES["8b"]), help="to time")
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), help="tokens at a time, to time")
     parser.add_argument("--compile", action="store_true", help="decode models with torch.compile")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     options = parser.parse_args()
@@ -146,7 +147,7 @@ def main() -> int:
         return 1 if wrong else 0
     if {"layers", "peers"} & {*options.parts}:
         forms = options.forms if "layers" in options.parts else []
-        time_layers(options.shapes, options.layers, forms, "peers" in options.parts)
+        time_layers(options.shapes, options.layers, forms, options.batches, "peers" in options.parts)
     if "models" in options.parts:
         gpu_models.decoding(options.shapes, options.device, options.compile)
     return 0
@@ -173,17 +174,17 @@ def check_layers(forms: list[str], device: str) -> int:
     return wrong
 
 
-def time_layers(shapes: list[str], names: list[str], forms: list[str], peers: bool) -> None:
+def time_layers(shapes: list[str], names: list[str], forms: list[str], batches: list[int], peers: bool) -> None:
     bandwidth = copy_bandwidth()
     print(json.dumps({"bytes_per_second": bandwidth}))
-    known = {batch: usable_peers(batch) if peers else [] for batch in BATCHES}
+    known = {batch: usable_peers(batch) if peers else [] for batch in batches}
     for size in shapes:
         for name in names:
             shape = SHAPES[size][name]
             copies = max(2, -(-L2_BYTES // (2 * shape[0] * shape[1])))
             weights = [torch.randn(shape[1], shape[0], device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
             dense = {}
-            for batch in BATCHES:
+            for batch in batches:
                 x = torch.randn(batch, shape[0], device="cuda", dtype=torch.bfloat16)
                 dense[batch] = seconds([lambda x, w=w: x @ w.T for w in weights], x)
             del weights
@@ -191,7 +192,7 @@ def time_layers(shapes: list[str], names: list[str], forms: list[str], peers: bo
                 one = random_layer(form, name, shape, "cuda")
                 size_bytes = packed_bytes(one.spec)
                 layers = [one] + [deepcopy(one) for _ in range(1, -(-L2_BYTES // size_bytes))]
-                for batch in BATCHES:
+                for batch in batches:
                     x = torch.randn(batch, shape[0], device="cuda", dtype=torch.bfloat16)
                     least = (size_bytes + 2 * batch * sum(shape)) / bandwidth
                     print_line(size, name, form, batch, seconds(layers, x), dense[batch], least)
@@ -199,7 +200,7 @@ def time_layers(shapes: list[str], names: list[str], forms: list[str], peers: bo
             for peer in dict.fromkeys(one for ones in known.values() for one in ones):
                 one = gpu_peers.PEERS[peer](*shape, "cuda")
                 runs = [one.run] + [gpu_peers.PEERS[peer](*shape, "cuda").run for _ in range(1, -(-L2_BYTES // one.bytes))]
-                for batch in (batch for batch in BATCHES if peer in known[batch]):
+                for batch in (batch for batch in batches if peer in known[batch]):
                     x = gpu_peers.inputs_of(peer, batch, shape[0], "cuda")
                     least = (one.bytes + x.nbytes + one.run(x).nbytes) / bandwidth
                     print_line(size, name, peer, batch, seconds(runs, x), dense[batch], least)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.kernels import cpu, gpu
+from compress.kernels import cpu, gpu, gpu_groups
 from compress.kernels.layout import one_outer
 from compress.kernels.pack import unpack
 
@@ -44,7 +44,7 @@ def expand_groups(
     if not packed.shape[2]:
         return
     if out.is_cuda and gpu.usable(out) and all(map(one_outer, (packed, affine, out))):
-        gpu.expand_groups(packed, affine, bits, runs, out, units, centre)
+        gpu_groups.expand_groups(packed, affine, bits, runs, out, units, centre)
     elif fits_cpu(packed, affine, out, runs) and one_outer(out):
         cpu.expand_groups(packed, affine, bits, runs, out, units, centre)
     else:

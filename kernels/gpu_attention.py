@@ -25,17 +25,8 @@ WARPS = 4
 if triton:
     import triton.language as tl
 
-    from compress.kernels.gpu import _affine
-    from compress.kernels.gpu_tiles import code_of, eights, joined
-
-    @triton.jit
-    def _codes(row, e, used, BITS: tl.constexpr):
-        """Codes of runs e of rows, [R, 8 E] fp32."""
-        word = eights(row, e, used, BITS, False)
-        return joined(
-            code_of(word, 0, BITS), code_of(word, 1, BITS), code_of(word, 2, BITS), code_of(word, 3, BITS),
-            code_of(word, 4, BITS), code_of(word, 5, BITS), code_of(word, 6, BITS), code_of(word, 7, BITS),
-        ).to(tl.float32)  # fmt: skip
+    from compress.kernels.gpu import affine_at
+    from compress.kernels.gpu_tiles import codes_of
 
     @triton.jit
     def _times_codes(x, code, total, PRECISION: tl.constexpr):
@@ -62,8 +53,8 @@ if triton:
         scale_unit, start_unit = 1.0, 1.0
         if EIGHT_BITS:
             scale_unit, start_unit = tl.load(unit_pairs + 2 * o), tl.load(unit_pairs + 2 * o + 1)
-        scale = _affine(pair, inside, scale_unit, EIGHT_BITS)
-        start = _affine(pair + runs, inside, start_unit, EIGHT_BITS)
+        scale = affine_at(pair, inside, scale_unit, EIGHT_BITS)
+        start = affine_at(pair + runs, inside, start_unit, EIGHT_BITS)
         if CENTRE:
             start += tl.load(centre + o * width + c, mask=inside, other=0)
         from_query = query + (o * Q + q[:, None]) * width + c[None, :]
@@ -73,7 +64,7 @@ if triton:
         for first in range(0, G, TOKENS):
             t = first + tl.arange(0, TOKENS)
             used = (t < G)[:, None] & (8 * e < width)[None, :]
-            code = _codes(row + t[:, None] * (width // 8 * BITS), e, used, BITS)
+            code = codes_of(row + t[:, None] * (width // 8 * BITS), e, used, BITS).to(tl.float32)
             score = _times_codes(x, tl.trans(code), bias, PRECISION)
             to = scores + (o * Q + q[:, None]) * rows * G + r * G + t[None, :]
             tl.store(to, score, mask=(q < Q)[:, None] & (t < G)[None, :])
@@ -101,16 +92,16 @@ if triton:
             pair = affine + o * affine_outer + r * affine_row
             at = weights + (o * Q + q[:, None]) * rows + r[None, :]
             weight = tl.load(at, mask=(q < Q)[:, None] & here[None, :], other=0)
-            code = _codes(row, e, here[:, None] & (8 * e < width)[None, :], BITS)
+            code = codes_of(row, e, here[:, None] & (8 * e < width)[None, :], BITS).to(tl.float32)
             if ONE_RUN:  # the program's channels share their scales
                 pair += c0 // run
-                bias += tl.sum(weight * _affine(pair + runs, here, start_unit, EIGHT_BITS)[None, :], 1)
-                weight *= _affine(pair, here, scale_unit, EIGHT_BITS)[None, :]
+                bias += tl.sum(weight * affine_at(pair + runs, here, start_unit, EIGHT_BITS)[None, :], 1)
+                weight *= affine_at(pair, here, scale_unit, EIGHT_BITS)[None, :]
                 total = _times_codes(weight, code, total, PRECISION)
             else:
                 used, pairs = here[:, None] & inside[None, :], pair[:, None] + (c // run)[None, :]
-                value = code * _affine(pairs, used, scale_unit, EIGHT_BITS)
-                value += _affine(pairs + runs, used, start_unit, EIGHT_BITS)
+                value = code * affine_at(pairs, used, scale_unit, EIGHT_BITS)
+                value += affine_at(pairs + runs, used, start_unit, EIGHT_BITS)
                 total = tl.dot(weight, value, total, input_precision=PRECISION)
         to = sums + ((p * outer + o) * Q + q[:, None]) * width + c[None, :]
         tl.store(to, total + bias[:, None], mask=(q < Q)[:, None] & inside[None, :])

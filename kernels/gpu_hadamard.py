@@ -9,8 +9,8 @@ product is exact in the 16 bits of the inputs, signs being exact in any; its fp3
 second, which is then exact too. Sums are fp32. The result is cast to the dtype of x, as the op does.
 
 Where a program holds the whole row it goes on with the range and writes int8 codes (`compress.kernels.gpu_rounding`): a byte
-per input, where the reference makes a dozen passes for the transform and fifteen for the codes. Longer rows are cut into
-slabs of the tile, one program each, and rounded by a kernel of its own.
+per input, where the reference makes a dozen passes for the transform and fifteen for the codes. Longer rows, and all
+where tokens are too few to fill the GPU, are cut into slabs of the tile, one program each, and rounded by another kernel.
 Cost: I (R + 3 C) multiply-adds per token on tensor cores; the base, R^2 bytes, comes from the L2 cache for every token.
 
 Legend: M tokens, I inputs, R x C tile of a row, n order of a block.
@@ -23,12 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compress.kernels.gpu import precision, triton
+from compress.kernels.gpu import precision, processors, triton
 from compress.kernels.gpu_rounding import Codes, planes, room_for
 
 LARGEST_BASE = 1024  # rows of a tile
 SLAB = 8192  # numbers of a tile that every GPU holds in registers; twice as many where all goes well
-CHUNK = 16  # rows that a step of the first product reads
+LEAST = 16  # rows of a tile that a program takes of a token, if tokens are few
 
 if triton:
     import triton.language as tl
@@ -105,6 +105,18 @@ class Shape(NamedTuple):
         """Whether a program sees the whole row, and can round it."""
         return self.taken >= self.rows
 
+    @property
+    def chunk(self) -> int:
+        """Rows that a step of the first product reads: many at once where a program has few to compute."""
+        return 64 if self.taken <= 32 else 16
+
+    def shared(self, tokens: int, device: torch.device) -> Shape:
+        """More programs to a token where tokens are too few to fill the GPU."""
+        taken = self.taken
+        while taken > LEAST and tokens * triton.cdiv(self.rows, taken) < processors(device):
+            taken //= 2
+        return self._replace(taken=taken)
+
 
 def shape_of(width: int, sylvester: int, dtype: torch.dtype, hopper: bool) -> Shape | None:
     """The smallest tile for rows of blocks with a Sylvester part of that order; None for what the kernel does not know."""
@@ -127,6 +139,7 @@ def transformed(x: Tensor, base: Tensor, shape: Shape, block: int) -> Tensor:
     """`[..., I]` in the dtype of x."""
     x_MI = x.reshape(-1, x.shape[-1]).contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    shape = shape.shared(len(x_MI), x.device)
     _launch(x_MI, base, shape, block, (y, y, y), x.shape[-1], ROUND=False, CENTRED=False, PLANES=1)
     return y
 
@@ -148,7 +161,7 @@ def _launch(
 ) -> None:  # fmt: skip
     transform[(len(x_MI), triton.cdiv(shape.rows, shape.taken))](
         x_MI, base, *out, shape.rows, x_MI.stride(0), out_stride, block**-0.5, plane, float(x_MI.shape[1]), top, clip,
-        ROWS=shape.taken, COLUMNS=shape.columns, CHUNK=CHUNK, PRECISION=precision(), num_warps=warps(shape),
+        ROWS=shape.taken, COLUMNS=shape.columns, CHUNK=shape.chunk, PRECISION=precision(), num_warps=warps(shape),
         enable_fp_fusion=False, **constants,
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compress.kernels import gpu_decode
 from compress.kernels.gpu import added_up, hopper, precision, shares, triton
 
 MOST_TOKENS = 64
@@ -176,6 +177,8 @@ def product(x_MK: Tensor, *weights: Weight) -> Tensor:
     """`[M, N]` in the dtype of the inputs; the columns of several weights follow each other."""
     stops = list(accumulate(weight.columns for weight in weights))
     slices = [slice(stop - weight.columns, stop) for stop, weight in zip(stops, weights, strict=True)]
+    if len(x_MK) <= gpu_decode.MOST_TOKENS:
+        return _decoded([x_MK[:, columns] for columns in slices], weights)
     if len(x_MK) <= MOST_TOKENS:
         return _product([x_MK[:, columns] for columns in slices], weights)
     dense = torch.empty(weights[0].rows, x_MK.shape[1], dtype=x_MK.dtype, device=x_MK.device)
@@ -193,6 +196,15 @@ def expanded(weight: Weight, out_NK: Tensor) -> None:
         *weight.tensors, out_NK, weight.rows, *weight.sizes, out_NK.stride(0), steps,
         **weight.constants, EIGHTS=step // 8, num_warps=WARPS,
     )  # fmt: skip
+
+
+def _decoded(inputs: list[Tensor], weights: tuple[Weight, ...]) -> Tensor:
+    tokens, like = len(inputs[0]), inputs[0]
+    dtype = like.dtype if len(weights) == 1 else torch.float32
+    sums = torch.empty(len(weights), tokens, weights[0].rows, dtype=dtype, device=like.device)
+    for x, weight, y in zip(inputs, weights, sums, strict=True):
+        gpu_decode.write_product(x, weight, y)
+    return sums[0] if len(weights) == 1 else added_up(sums, like.dtype)
 
 
 def _product(inputs: list[Tensor], weights: tuple[Weight, ...]) -> Tensor:

@@ -41,7 +41,7 @@ STAGES = 3
 if triton:
     import triton.language as tl
 
-    from compress.kernels.gpu import _code
+    from compress.kernels.gpu import code_at
 
     @triton.jit
     def _add_part(
@@ -72,7 +72,7 @@ if triton:
                 inside = e < stop
                 for i in tl.static_range(PLANES):
                     at = e[None, :] * (PLANES * BITS // 8)
-                    code = _code(row, at, here[:, None] & inside[None, :], i, BITS)
+                    code = code_at(row, at, here[:, None] & inside[None, :], i, BITS)
                     # [ROWS, RUNS]
                     weight = (code - (1 << (BITS - 1))).to(tl.int8)
                     # [RUNS, TOKENS]

@@ -36,14 +36,23 @@ if triton:
         return tl.reshape(tl.join(even, odd), (c0.shape[0], 8 * c0.shape[1]))
 
     @triton.jit
-    def _count(bits):
+    def codes_of(row, e, used, BITS: tl.constexpr):
+        """Codes of runs e of rows, [R, 8 E] int32."""
+        word = eights(row, e, used, BITS, False)
+        return joined(
+            code_of(word, 0, BITS), code_of(word, 1, BITS), code_of(word, 2, BITS), code_of(word, 3, BITS),
+            code_of(word, 4, BITS), code_of(word, 5, BITS), code_of(word, 6, BITS), code_of(word, 7, BITS),
+        )  # fmt: skip
+
+    @triton.jit
+    def count_bits(bits):
         """Bits set in numbers below 256."""
         bits = bits - ((bits >> 1) & 0x55)
         bits = (bits & 0x33) + ((bits >> 2) & 0x33)
         return (bits + (bits >> 4)) & 0x0F
 
     @triton.jit
-    def _plane(i: tl.constexpr, row, word, at, BITS: tl.constexpr, MASKED: tl.constexpr, KIND: tl.constexpr):
+    def plane(i: tl.constexpr, row, word, at, BITS: tl.constexpr, MASKED: tl.constexpr, KIND: tl.constexpr):
         """The numbers of columns 8 e + i, codes less their offset or values as stored, and how many values come before the
         next column."""
         half: tl.constexpr = 1 << (BITS - 1)
@@ -93,17 +102,17 @@ if triton:
         else:
             row, at = values + n.to(tl.int64)[:, None] * row_values, before[:, None]
             if MASKED:
-                counts = _count(stored)
+                counts = count_bits(stored)
                 at += tl.cumsum(counts, 1) - counts
                 before += tl.sum(counts, 1)
-            c0, at = _plane(0, row, stored, at, BITS, MASKED, KIND)
-            c1, at = _plane(1, row, stored, at, BITS, MASKED, KIND)
-            c2, at = _plane(2, row, stored, at, BITS, MASKED, KIND)
-            c3, at = _plane(3, row, stored, at, BITS, MASKED, KIND)
-            c4, at = _plane(4, row, stored, at, BITS, MASKED, KIND)
-            c5, at = _plane(5, row, stored, at, BITS, MASKED, KIND)
-            c6, at = _plane(6, row, stored, at, BITS, MASKED, KIND)
-            c7, at = _plane(7, row, stored, at, BITS, MASKED, KIND)
+            c0, at = plane(0, row, stored, at, BITS, MASKED, KIND)
+            c1, at = plane(1, row, stored, at, BITS, MASKED, KIND)
+            c2, at = plane(2, row, stored, at, BITS, MASKED, KIND)
+            c3, at = plane(3, row, stored, at, BITS, MASKED, KIND)
+            c4, at = plane(4, row, stored, at, BITS, MASKED, KIND)
+            c5, at = plane(5, row, stored, at, BITS, MASKED, KIND)
+            c6, at = plane(6, row, stored, at, BITS, MASKED, KIND)
+            c7, at = plane(7, row, stored, at, BITS, MASKED, KIND)
             return joined(c0, c1, c2, c3, c4, c5, c6, c7), before
 
     @triton.jit
@@ -113,5 +122,5 @@ if triton:
         for first in range(0, stop, 4 * EIGHTS):
             e = first + tl.arange(0, 4 * EIGHTS)
             at = mask + n.to(tl.int64)[:, None] * mask_bytes + e[None, :]
-            found += tl.sum(_count(tl.load(at, mask=here[:, None] & (e < stop)[None, :], other=0).to(tl.int32)), 1)
+            found += tl.sum(count_bits(tl.load(at, mask=here[:, None] & (e < stop)[None, :], other=0).to(tl.int32)), 1)
         return found

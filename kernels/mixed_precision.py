@@ -218,7 +218,7 @@ def _gpu_codes(x: Tensor, parts: list[Part], rotate: bool) -> list[gpu_rounding.
     """The rounded inputs of every part; transformed in the same pass where a program can hold the low part of a token."""
     x_TI, width = x.reshape(-1, x.shape[-1]).contiguous(), parts[0].stop
     known = gpu_base(x, width) if rotate else None
-    fused = known and known[1].whole and parts[0].slices == 1
+    fused = known and known[1].shared(len(x_TI), x.device).whole and parts[0].slices == 1
     if rotate and not fused:
         x_TI = rotated(x_TI, x.shape[-1] - width)
     codes = []

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 from compress.kernels import notice
-from compress.kernels.gpu_hadamard import SLAB, shape_of
+from compress.kernels.gpu_hadamard import LEAST, SLAB, shape_of
 from compress.kernels.gpu_rounded import FEW, MANY, MORE, SOME, tile
 from compress.kernels.hadamard import gpu_base
 from helpers import DEVICES
@@ -42,6 +42,15 @@ def test_tiles_hold_a_row_or_cut_it(width: int, sylvester: int, dtype: torch.dty
     assert rows * columns == width and sylvester % columns == 0
     assert taken * columns <= (2 * SLAB if dtype == torch.bfloat16 else SLAB)
     assert shape.whole == (width < SLAB or (width == SLAB) or (dtype == torch.bfloat16 and width <= 2 * SLAB))
+
+
+def test_few_tokens_share_the_rows_of_a_tile() -> None:
+    """A GPU of two processors; what is cut is rounded by a kernel of its own."""
+    shape = shape_of(14336, 512, torch.bfloat16, hopper=True)
+    one, two = (shape.shared(tokens, torch.device("cpu")) for tokens in (1, 2))
+    assert shape.whole and two == shape
+    assert one.taken == shape.taken // 2 and not one.whole
+    assert shape._replace(taken=LEAST).shared(1, torch.device("cpu")).taken == LEAST
 
 
 def test_what_no_tile_holds_is_said_once() -> None:
