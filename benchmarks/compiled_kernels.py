@@ -42,6 +42,7 @@ from compress.kernels import (
     gpu_rounding,
 )  # fmt: skip
 from compress.kernels.affine_groups import EIGHT_BITS
+from compress.kernels.column_rounding import ROWS, settle_columns
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -69,6 +70,9 @@ POINTERS = {
 # where a name stands for something else
 TYPES = {
     "round_slices": {"codes": "*i8", "scale": "*fp32", "zero": "*i32", "count": "fp32", "top": "fp32", "clip": "fp32"},
+    "settle_columns": {
+        **dict.fromkeys(("state", "matrix", "scale", "inverse", "old", "codes", "steps"), "*fp32"), "half": "*i32",
+    },
     "transform": {
         "base": "*i8", "scale": "*fp32", "zero": "*i32", "factor": "fp32", "count": "fp32", "top": "fp32", "clip": "fp32",
     },
@@ -98,6 +102,7 @@ PACKING = [
 OPTIONS = ("num_warps", "enable_fp_fusion")  # of a launch of group_pack, among its constants
 UNFUSED = {"enable_fp_fusion": False}  # of launches that round as the reference does
 TILE = {"ROWS": gpu_groups.ROWS, "EIGHTS": gpu_groups.EIGHTS}
+ALONE = {"num_warps": 1} | UNFUSED
 # instructions per weight of the loop on sm_90, as first measured with triton 3.9.0
 BUDGET = {
     "packed_product 2": 5.5, "packed_product 3": 7.7, "packed_product 4": 5.3, "packed_product 5": 9.9,
@@ -118,7 +123,12 @@ def cases(quick: bool, target: str) -> list[Case]:
     """What is shipped."""
     hopper = target == "sm_90"
     packed = [(*case, {"num_warps": gpu.WARPS}) for case in packed_cases(quick, hopper)]
-    return packed + decode_cases(quick) + packing_cases(quick) + rounded_cases(quick, hopper) + hadamard_cases(quick, hopper)
+    columns = [
+        (f"settle_columns{' descent' * descent}", settle_columns, {"DESCENT": descent, "ROWS": ROWS, "BLOCK": 128}, ALONE)
+        for descent in (False, True)
+    ]
+    packed += columns + decode_cases(quick) + packing_cases(quick)
+    return packed + rounded_cases(quick, hopper) + hadamard_cases(quick, hopper)
 
 
 def packing_cases(quick: bool) -> list[Case]:

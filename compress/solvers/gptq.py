@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.kernels.column_rounding import round_columns
 from compress.quantizer import Group, search_scales, stored_scale
 
 
@@ -84,8 +85,8 @@ def _order(groups: list[Group], diagonal: Tensor, by_activation: bool) -> Tensor
 def _per_column(groups: list[Group], scales_NG: Tensor) -> tuple[Tensor, Tensor]:
     """The scale `[I, N]` and the half range 2^(bits-1) `[I]` of every column."""
     widths = torch.tensor([g.stop - g.start for g in groups], device=scales_NG.device)
-    half = torch.cat([torch.full((g.stop - g.start,), 1 << (g.bits - 1)) for g in groups])
-    return scales_NG.T.repeat_interleave(widths, dim=0), half
+    half = torch.tensor([1 << (g.bits - 1) for g in groups], dtype=torch.int32, device=scales_NG.device)
+    return scales_NG.T.repeat_interleave(widths, dim=0), half.repeat_interleave(widths)
 
 
 def _round_in_order(
@@ -101,20 +102,18 @@ def _round_in_order(
     upper = torch.linalg.cholesky(inverse, upper=True).float()  # the one cast: the loop runs in fp32
     rest_IN = weight_NI.T[order].contiguous()  # columns as rows: each step reads contiguous memory
     column_scale, column_half = _per_column(groups, scales_NG)
-    column_scale, half = column_scale[order], column_half[order.cpu()].tolist()
+    column_scale, half = column_scale[order], column_half[order]
     inverse_scale = torch.where(column_scale == 0, 0, 1 / column_scale)
     if mask_NI is not None:
         inverse_scale *= mask_NI.T[order]  # zero outside the mask: what the loop put there is an error like any other
     codes_IN = torch.empty_like(rest_IN)
     for start in range(0, len(order), block):
         stop = min(start + block, len(order))
-        errors = torch.empty_like(rest_IN[start:stop])
-        for i in range(start, stop):
-            code = (rest_IN[i] * inverse_scale[i]).round_().clamp_(-half[i], half[i] - 1)
-            error = (rest_IN[i] - code * column_scale[i]) / upper[i, i]
-            rest_IN[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
-            codes_IN[i], errors[i - start] = code, error
-        rest_IN[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        part = slice(start, stop)
+        codes_IN[part], errors = round_columns(
+            rest_IN[part], upper[part, part], column_scale[part], inverse_scale[part], half[part]
+        )
+        rest_IN[stop:].addmm_(upper[part, stop:].T, errors, alpha=-1)
     codes = torch.empty_like(codes_IN)
     codes[order] = codes_IN
     return codes.T.contiguous()
@@ -131,8 +130,7 @@ def _coordinate_descent(
 ) -> Tensor:
     """One cyclic pass: every code becomes the best one for all others as they are. The error never rises."""
     gram = damped_II.float()
-    column_scale, column_half = _per_column(groups, scales_NG)
-    half = column_half.tolist()
+    column_scale, half = _per_column(groups, scales_NG)
     inverse_scale = torch.where(column_scale == 0, 0, 1 / column_scale)
     if mask_NI is not None:
         inverse_scale *= mask_NI.T
@@ -141,14 +139,11 @@ def _coordinate_descent(
     pull_IN = gram @ error_IN  # half the negative gradient
     for start in range(0, len(gram), block):
         stop = min(start + block, len(gram))
-        moved = torch.zeros_like(error_IN[start:stop])
-        for i in range(start, stop):
-            wanted = codes_IN[i] + pull_IN[i] * inverse_scale[i] / gram[i, i]
-            code = wanted.round_().clamp_(-half[i], half[i] - 1)
-            change = (code - codes_IN[i]) * column_scale[i]
-            pull_IN[i + 1 : stop].addr_(gram[i + 1 : stop, i], change, alpha=-1)
-            codes_IN[i], moved[i - start] = code, change
-        pull_IN[stop:].addmm_(gram[stop:, start:stop], moved, alpha=-1)
+        part = slice(start, stop)
+        codes_IN[part], moved = round_columns(
+            pull_IN[part], gram[part, part].T, column_scale[part], inverse_scale[part], half[part], codes_IN[part]
+        )
+        pull_IN[stop:].addmm_(gram[stop:, part], moved, alpha=-1)
     return codes_IN.T.contiguous()
 
 

@@ -16,6 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1" if sys.argv[1] == "cpu" else "0"
 import torch
 
 from compress.kernels import gpu, gpu_hadamard, gpu_rounded, gpu_rounding
+from compress.kernels.column_rounding import round_columns_cuda, round_columns_reference
 from compress.kernels.hadamard import gpu_base, hadamard_reference
 from compress.kernels.mixed_precision import (
     dequantize_part,
@@ -188,4 +189,18 @@ x, parts = torch.randn(2, 1216), [*packed_part(5, 1024, 4, 128), *packed_part(5,
 x[1, 1100] = torch.nan  # of the high part, which some of the programs that share the columns have nothing of
 y = mixed_precision_cuda(x, *parts, 4, 8, 192, 128, 4, 1, 0.0, False)
 errors["an empty share"] = share(y.isfinite() == torch.tensor([[False], [True]]))
+
+for count, neurons, descent in ((1, 3, False), (13, 9, False), (13, 9, True), (64, 17, False), (100, 8, True)):
+    half = torch.tensor([2, 8, 128], dtype=torch.int32).repeat(count)[:count]
+    scale = torch.rand(count, neurons) + 0.5
+    scale[:, 0] = 0.0  # a neuron of zeros
+    inverse = torch.where(scale == 0, 0, 1 / scale) * (torch.rand(count, neurons) < 0.8)  # and codes that a mask holds
+    old = torch.randint(-2, 2, (count, neurons)).float() if descent else None
+    wide = torch.randn(count + 3, count + 5) / count + torch.eye(count + 3, count + 5)
+    for name, matrix in (("upper", wide[:count, :count].triu()), ("transposed", wide[:count, :count].T)):
+        given = 4 * torch.randn(count, neurons), matrix, scale, inverse, half, old
+        want, got = round_columns_reference(*given), round_columns_cuda(*given)
+        case = f"columns {count}x{neurons} {name}{' descent' * descent}"
+        errors[f"{case} codes"] = share(got[0] != want[0])
+        errors[f"{case} steps"] = float((got[1] - want[1]).norm() / want[1].norm())
 sys.stdout.write(json.dumps(errors))

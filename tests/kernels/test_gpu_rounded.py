@@ -25,7 +25,7 @@ def test_numbers(device: str) -> None:
     done = subprocess.run([sys.executable, "-P", script, device], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     errors = json.loads(done.stdout)
-    assert len(errors) > 90
+    assert len(errors) > 120
     cut = {name for name in errors if "clip 2.5 codes" in name}  # behind a sum of squares: measured on an H100, one in 504
     assert len(cut) == 3 and all(errors.pop(name) < 5e-3 for name in cut)
     worst = max(errors, key=errors.get)
