@@ -160,7 +160,7 @@ def check_layers(forms: list[str], device: str) -> int:
         for name, shape in CHECKED.items():
             layer = random_layer(form, name, shape, device)
             rounds = layer.spec.get("activation_bits", 16) < 16
-            for tokens in (1, 3, 16, 17, 64, 65, 130):
+            for tokens in (1, 3, 16, 17, 64, 65, 130, 300):
                 for dtype, bound in ((torch.float32, 5e-3 if rounds else 2e-4), (torch.bfloat16, 2e-2)):
                     found = error(layer, torch.randn(tokens, shape[0], device=device).to(dtype))
                     if not found < bound:

@@ -14,6 +14,8 @@ Cost: N B^2 / 2 multiply-adds; the kernel finds state i by a sum over the block,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,8 @@ if triton:
             if DESCENT:
                 before = tl.load(old + at, mask=here, other=0)
                 wanted = before + tl.div_rn(wanted, diagonal + tl.zeros((ROWS,), tl.float32))
-            code = tl.minimum(tl.maximum(wanted, -most), most - 1)
+            code = tl.maximum(wanted, -most, propagate_nan=tl.PropagateNan.ALL)
+            code = tl.minimum(code, most - 1, propagate_nan=tl.PropagateNan.ALL)
             code = (code + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest whole number, ties to even
             if DESCENT:
                 step = (code - before) * unit
@@ -113,3 +116,8 @@ def round_columns_cuda(
         enable_fp_fusion=False,
     )  # fmt: skip
     return codes, steps
+
+
+@round_columns.register_fake
+def _(state_BN: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(state_BN), torch.empty_like(state_BN)

@@ -23,16 +23,6 @@ WARPS = 4
 if triton:
 
     @triton.jit
-    def code_at(row, at, used, i: tl.constexpr, BITS: tl.constexpr):
-        """Code i of runs that begin at bytes `at` of rows: the bytes it lies in, shifted and cut."""
-        first: tl.constexpr = i * BITS // 8
-        shift: tl.constexpr = i * BITS % 8
-        code = tl.load(row + at + first, mask=used, other=0).to(tl.int32) >> shift
-        if shift + BITS > 8:
-            code |= tl.load(row + at + first + 1, mask=used, other=0).to(tl.int32) << (8 - shift)
-        return code & ((1 << BITS) - 1)
-
-    @triton.jit
     def affine_at(at, used, unit, EIGHT_BITS: tl.constexpr):
         """Scales or minima as fp32: 16-bit floats, or the bytes of e4m3, taken apart because sm_80 does not know it."""
         stored = tl.load(at, mask=used, other=0)
@@ -87,6 +77,11 @@ def added_up(sums: Tensor, dtype: torch.dtype) -> Tensor:
     y = torch.empty(sums.shape[1:], dtype=dtype, device=sums.device)
     add_up[(triton.cdiv(y.numel(), ADDED),)](sums, y, len(sums), y.numel(), ADDED=ADDED, num_warps=WARPS)
     return y
+
+
+def as_words(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of bytes as rows of words, copied where they do not begin at one."""
+    return (packed.clone() if packed.storage_offset() % dtype.itemsize else packed).view(dtype)
 
 
 def hopper() -> bool:

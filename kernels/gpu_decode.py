@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compress.kernels.gpu import processors, triton
+from compress.kernels.gpu import as_words, processors, triton
 
 if TYPE_CHECKING:
     from compress.kernels.gpu_products import Weight
@@ -38,7 +38,7 @@ if triton:
 
     @triton.jit
     def _apart(x, EIGHTS: tl.constexpr):
-        """[8 EIGHTS] as the eight planes [EIGHTS] of columns 8 e + i; they are in the lane that has loaded them."""
+        """[8 EIGHTS] as the eight planes [EIGHTS] of columns 8 e + i, which the lane has loaded where they are 16-bit."""
         even, odd = tl.split(tl.reshape(x, (EIGHTS, 2, 2, 2)))
         x04, x26 = tl.split(even)
         x15, x37 = tl.split(odd)
@@ -136,7 +136,7 @@ def write_product(x_MK: Tensor, weight: Weight, y_MN: Tensor) -> None:
     columns, _, mask_bytes, units, groups, unit_groups, group = weight.sizes
     masked, bits = weight.constants["MASKED"], weight.constants["BITS"]
     if bits == 8 and not masked:
-        values = values.view(torch.int64)  # eights, as codes of 2 and 4 bits are
+        values = as_words(values, torch.int64)  # eights, as codes of 2 and 4 bits are
     rows, warps = MASKED_TILE if masked else (rows_of(weight.rows, x_MK.device), WARPS)
     decode_product[(triton.cdiv(weight.rows, rows), len(x_MK))](
         x_MK, values, scale, mask, y_MN, weight.rows, columns, values.shape[1], mask_bytes, units // 8, groups, unit_groups,

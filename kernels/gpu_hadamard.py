@@ -113,7 +113,7 @@ class Shape(NamedTuple):
     def shared(self, tokens: int, device: torch.device) -> Shape:
         """More programs to a token where tokens are too few to fill the GPU."""
         taken = self.taken
-        while taken > LEAST and tokens * triton.cdiv(self.rows, taken) < processors(device):
+        while taken > LEAST and 2 * tokens * triton.cdiv(self.rows, taken) <= processors(device):
             taken //= 2
         return self._replace(taken=taken)
 

@@ -1,7 +1,8 @@
-"""The Triton kernels of packed weights: products with up to `MOST_TOKENS` tokens, and weights multiplied out for more.
+"""The Triton kernels of packed weights: products with up to `MOST_TOKENS` tokens, and weights multiplied out for more. One
+token has a kernel of its own (`gpu_decode`).
 
 A program takes `ROWS` rows and some steps of `8 EIGHTS` columns, and cuts a tile of numbers out (`gpu_tiles`), which meets
-the inputs on tensor cores: one token leaves most of them idle, but reading a weight once and cutting it out once is what
+the inputs on tensor cores: few tokens leave most of them idle, but reading a weight once and cutting it out once is what
 decoding costs, and up to 16 tokens are free. A code has few bits, so it is exact in the inputs' dtype, sums are fp32 and a
 group's scale multiplies its sum. Groups that hold no step scale the tile, in fp32.
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels import gpu_decode
-from compress.kernels.gpu import added_up, hopper, precision, shares, triton
+from compress.kernels.gpu import added_up, as_words, hopper, precision, shares, triton
 
 MOST_TOKENS = 64
 ROWS, COLUMNS, LEAST_COLUMNS = 64, 128, 32  # of a program, at a time
@@ -143,7 +144,7 @@ class Weight:
         parted = scale is not None and 0 < units < columns and units % fit != 0
         self.scaled = scale is not None and (fit < LEAST_COLUMNS or parted)
         self.fit = COLUMNS if self.scaled else fit  # columns that a step may take
-        stored = values.view(WORD[bits]) if bits in WORD and mask is None else values
+        stored = as_words(values, WORD[bits]) if bits in WORD and mask is None else values
         spare = values if scale is None else scale  # never read
         self.tensors = stored, spare, values if mask is None else mask
         self.sizes = (

@@ -41,7 +41,15 @@ STAGES = 3
 if triton:
     import triton.language as tl
 
-    from compress.kernels.gpu import code_at
+    @triton.jit
+    def _code(row, at, used, i: tl.constexpr, BITS: tl.constexpr):
+        """Code i of runs that begin at bytes `at` of rows: the bytes it lies in, shifted and cut."""
+        first: tl.constexpr = i * BITS // 8
+        shift: tl.constexpr = i * BITS % 8
+        code = tl.load(row + at + first, mask=used, other=0).to(tl.int32) >> shift
+        if shift + BITS > 8:
+            code |= tl.load(row + at + first + 1, mask=used, other=0).to(tl.int32) << (8 - shift)
+        return code & ((1 << BITS) - 1)
 
     @triton.jit
     def _add_part(
@@ -72,7 +80,7 @@ if triton:
                 inside = e < stop
                 for i in tl.static_range(PLANES):
                     at = e[None, :] * (PLANES * BITS // 8)
-                    code = code_at(row, at, here[:, None] & inside[None, :], i, BITS)
+                    code = _code(row, at, here[:, None] & inside[None, :], i, BITS)
                     # [ROWS, RUNS]
                     weight = (code - (1 << (BITS - 1))).to(tl.int8)
                     # [RUNS, TOKENS]

@@ -57,7 +57,7 @@ def compare(name: str, got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor)
 
 
 for bits in sorted(WIDTHS - {16}):
-    for rows, width, group in ((5, 13, 0), (70, 264, 40), (3, 900, 64), (3, 300, 256)):
+    for rows, width, group in ((5, 13, 0), (70, 264, 40), (3, 2077, 64), (3, 300, 256)):
         half = 1 << (bits - 1)
         codes = torch.randint(-half, half, (rows, width))
         codes[0], codes[-1] = -half, half - 1
@@ -66,11 +66,11 @@ for bits in sorted(WIDTHS - {16}):
         stored = gpu_products.Weight(packed, scale, bits, width, group)
         case = f"{bits} bits {rows}x{width} groups of {group}"
         expand_case(case, stored, weight)
-        for tokens, dtype in ((1, torch.float32), (2, HALF), (33, torch.float32)):
+        for tokens, dtype in ((1, torch.float32), (1, HALF), (2, HALF), (33, torch.float32)):
             if (tokens > 2 and bits != 4) or (tokens > 1 and bits in (6, 7)):
                 continue
             x = torch.randn(tokens, width + 7).to(dtype)[:, 3 : 3 + width]  # a slice of wider inputs
-            product_case(f"product {case} tokens {tokens}", x, stored, weight=weight)
+            product_case(f"product {case} tokens {tokens} {dtype}", x, stored, weight=weight)
         if group:
             both = torch.cat([weight, weight], dim=1)  # two parts
             product_case(f"product of two parts {case}", torch.randn(2, 2 * width), stored, stored, weight=both)

@@ -152,7 +152,8 @@ for width, block, dtype in (
     x = torch.randn(3, width + 3)[:, 1 : 1 + width].to(dtype)
     base, shape, order = gpu_base(x, width, block)
     slabs = shape._replace(taken=16)
-    for name, cut, tokens in (("whole", shape, 3), ("slabs", slabs, 3), ("one token", shape, 1)):
+    for name, cut, tokens, many in (("whole", shape, 3, 1), ("slabs", slabs, 3, 1), ("one token", shape, 1, 132)):
+        gpu_hadamard.processors = lambda _, many=many: many  # of few, programs do not share a row
         want = hadamard_reference(x[:tokens].float(), block)
         got = gpu_hadamard.transformed(x[:tokens], base, cut, order).float()
         bound = 1.0 if dtype == torch.float32 else 2**13  # fp16 results are rounded once
@@ -162,7 +163,8 @@ for width, block, dtype in (
 
 # integers, and a factor that is a power of two: every transform is exact, and so must be the codes behind it
 for width, bits, weight_bits, dtype in (
-    (64, 4, 4, torch.float32), (256, 8, 4, torch.float16), (256, 8, 6, torch.float32), (1024, 6, 8, torch.float32)
+    (64, 4, 4, torch.float32), (256, 8, 4, torch.float16), (256, 8, 6, torch.float32), (1024, 6, 8, torch.float32),
+    (4096, 4, 4, torch.float32),
 ):  # fmt: skip
     x = torch.randint(-2000, 2001, (3, width + 8)).to(dtype)[:, :width]
     x[0, 5], x[1] = 30000.0, 0.0
@@ -192,7 +194,7 @@ errors["an empty share"] = share(y.isfinite() == torch.tensor([[False], [True]])
 
 for count, neurons, descent in ((1, 3, False), (13, 9, False), (13, 9, True), (64, 17, False), (100, 8, True)):
     half = torch.tensor([2, 8, 128], dtype=torch.int32).repeat(count)[:count]
-    scale = torch.rand(count, neurons) + 0.5
+    scale = (torch.rand(count, neurons) + 0.5) * torch.randn(count, neurons).sign()
     scale[:, 0] = 0.0  # a neuron of zeros
     inverse = torch.where(scale == 0, 0, 1 / scale) * (torch.rand(count, neurons) < 0.8)  # and codes that a mask holds
     old = torch.randint(-2, 2, (count, neurons)).float() if descent else None
@@ -203,4 +205,7 @@ for count, neurons, descent in ((1, 3, False), (13, 9, False), (13, 9, True), (6
         case = f"columns {count}x{neurons} {name}{' descent' * descent}"
         errors[f"{case} codes"] = share(got[0] != want[0])
         errors[f"{case} steps"] = float((got[1] - want[1]).norm() / want[1].norm())
+given[0][0, 1] = torch.nan
+codes, steps = round_columns_cuda(*given)
+errors["columns: NaN stays with its neuron"] = share(codes.isnan() != (torch.arange(neurons) == 1))
 sys.stdout.write(json.dumps(errors))
