@@ -94,17 +94,11 @@ round_columns = torch.library.custom_op("compress::round_columns", round_columns
 
 
 @round_columns.register_kernel("cuda")
-def round_columns_cuda(
-    state_BN: Tensor,
-    matrix_BB: Tensor,
-    scale_BN: Tensor,
-    inverse_BN: Tensor,
-    half_B: Tensor,
-    old_BN: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def round_columns_cuda(state_BN: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     """One launch."""
     if not gpu.usable(state_BN):
-        return round_columns_reference(state_BN, matrix_BB, scale_BN, inverse_BN, half_B, old_BN)
+        return round_columns_reference(state_BN, *given)
+    matrix_BB, scale_BN, inverse_BN, half_B, old_BN = given if len(given) == 5 else (*given, None)
     count, neurons = state_BN.shape
     codes, steps = (torch.empty(count, neurons, device=state_BN.device) for _ in range(2))
     state, scale, inverse, old = (

@@ -101,7 +101,7 @@ if triton:
         BITS: tl.constexpr, MASKED: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr,
         EIGHTS: tl.constexpr,
     ):  # fmt: skip
-        """y[m, n] of token m; `group`, `units` and `words` are counted in eights."""
+        """y[m, n] of token m; `GROUP` (0: one group), `units` and `words` are counted in eights."""
         n, m = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
         there = tl.minimum(n, N - 1).to(tl.int64)[:, None]  # rows past the last read it again
         row, of_row = values + there * row_values, scale + there * groups
