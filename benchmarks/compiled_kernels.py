@@ -230,7 +230,7 @@ def _product_cases(bits: int, masked: bool, quick: bool, hopper: bool) -> list[t
 
 
 def decode_cases(quick: bool) -> list[Case]:
-    """The product of one token, with groups of 128 and, on the way, learned atoms."""
+    """The product of one token, with groups of 128; codes behind a mask with learned atoms, too."""
     found = []
     for bits, masked in [(4, False), (16, True)] if quick else [(b, m) for b in (*range(2, 9), 16) for m in (False, True)]:
         if masked or bits < 16:

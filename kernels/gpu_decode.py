@@ -90,10 +90,8 @@ if triton:
         used = tl.broadcast_to((e < words)[None, :], (ROWS, EIGHTS))
         if MASKED:
             return tl.load(of_mask + e[None, :], mask=used, other=0).to(tl.int32)
-        elif BITS == 2 or BITS == 4 or BITS == 8:
-            return tl.load(row + e[None, :], mask=used, other=0)
         else:
-            return eights(row, e, used, BITS, False)
+            return eights(row, e, used, BITS, BITS == 2 or BITS == 4 or BITS == 8)
 
     @triton.jit(do_not_specialize=["row_values", "mask_bytes"])  # a lane reads one word: so its columns are its inputs'
     def decode_product(

@@ -14,9 +14,9 @@ if triton:
 
     @triton.jit
     def eights(row, e, used, BITS: tl.constexpr, WORDS: tl.constexpr):
-        """The eight codes of runs e as one number, int32 up to 4 bits, int64 above; WORDS: rows of 2 or 4 bits as words."""
+        """The codes of runs e as one number, int32 up to 4 bits, else int64; WORDS: rows of 2, 4 or 8 bits as words."""
         if WORDS:
-            return tl.load(row + e[None, :], mask=used, other=0).to(tl.int32)
+            return tl.load(row + e[None, :], mask=used, other=0).to(tl.int32 if BITS <= 4 else tl.int64)
         else:
             kind: tl.constexpr = tl.int32 if BITS <= 4 else tl.int64
             word = tl.zeros(used.shape, kind)

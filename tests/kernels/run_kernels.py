@@ -71,6 +71,10 @@ for bits in sorted(WIDTHS - {16}):
                 continue
             x = torch.randn(tokens, width + 7).to(dtype)[:, 3 : 3 + width]  # a slice of wider inputs
             product_case(f"product {case} tokens {tokens} {dtype}", x, stored, weight=weight)
+        if bits in (2, 4, 8) and not group:  # rows that begin at no word
+            odd = torch.cat([torch.zeros(1, dtype=torch.uint8), packed.flatten()])[1:].view_as(packed)
+            x = torch.randn(1, width)
+            product_case(f"product {case} off words", x, gpu_products.Weight(odd, scale, bits, width, group), weight=weight)
         if group:
             both = torch.cat([weight, weight], dim=1)  # two parts
             product_case(f"product of two parts {case}", torch.randn(2, 2 * width), stored, stored, weight=both)
@@ -124,7 +128,7 @@ if 4 in WIDTHS:  # the dispatch as a whole: no tokens, few, many, and inputs tha
                 compare(f"sparse dispatch of {tokens} tokens view {view}", other, x, sparse)
 for bits in sorted(WIDTHS & {2, 3, 4, 8}):
     for rows, per_row, runs, run, kind in (
-        (3, 8, 16, 1, EIGHT_BITS),
+        (3, 24, 16, 1, EIGHT_BITS),
         (37, 1, 2, 24, torch.bfloat16),
         (5, 3, 7, 1, torch.float16),
     ):
