@@ -25,6 +25,7 @@ from compress.layers import dense_bytes
 from compress.passes import Passes
 from compress.plan import Job, Plan, job_spec
 from compress.prepare import Prepared
+from compress.report import megabytes
 from compress.source import ALLOCATION
 from compress.tensorfile import read_header, write_file, write_whole
 from compress.trials import Candidate, Trials, run_trials
@@ -115,7 +116,9 @@ def _choices(jobs: list[Job], found: dict[str, list[Candidate]], way_out: str, p
         except ValueError as error:
             raise CompressError(f"the search finds no room: {error} bytes; {way_out}") from error
         total = sum(row[pick] for row, pick in zip(prices, picks, strict=True))
-        size = f"{limit / 1e6:.1f} MB"
+        size, used = megabytes(limit), sum(row[pick] for row, pick in zip(sizes, picks, strict=True))
         progress.note(f"search: at {size} errors add up to {total:.3f} nats per token, a low estimate of the KL divergence")
+        if sum(map(max, sizes)) < 0.99 * limit:
+            progress.note(f"search: only {megabytes(used)} are used, because no larger forms of the matrices were tried")
         chosen.update({job.name: pick for job, pick in zip(mine, picks, strict=True)})
     return chosen

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from compress.cli import load_libraries
 from compress.console import BarProgress
+from compress.errors import CompressError
 from compress.evaluate.compare import compare, table
 from compress.model import load_for_evaluation
 from compress.recipe import Recipe
@@ -70,4 +71,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except CompressError as error:
+        sys.exit(str(error))

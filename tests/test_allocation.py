@@ -393,6 +393,19 @@ def test_a_search_that_has_no_choice_still_counts_as_one(wide: Path) -> None:
     assert open_jobs(prepared.plan) == list(prepared.plan.jobs)
 
 
+@pytest.mark.parametrize(("ratio", "told"), [(0.3, True), (0.75, False)])
+def test_a_search_says_what_it_cannot_fill(ratio: float, told: bool, tiny: Path, tmp_path: Path) -> None:
+    """11.2 bits per weight, where no form has more than 8."""
+    weights = {"method": "resq", "high_bits": 6, "allocation": "search", "ratio": ratio}
+    progress, notes = Silent(), []
+    progress.note = notes.append
+    run(tiny, Recipe.from_dict({**tiny_recipe(), "weights": weights}), tmp_path / "out", progress=progress)
+    packed, dense = total_bytes(tmp_path / "out")
+    assert ((1 - ratio) * dense - packed > 0.01 * dense) == told
+    unused = f"search: only {megabytes(packed)} are used, because no larger forms of the matrices were tried"
+    assert (unused in notes) == told
+
+
 def test_bases_outlive_an_interrupt_of_the_trials(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.from_dict({**tiny_recipe(), "weights": {"allocation": "search", **SEARCHES["rotated"]}})
     whole, one = trials.backwards, tmp_path / ".out.partial" / "bases.safetensors"

@@ -54,7 +54,7 @@ WRONG = {
     "empty list": ({"weights": []}, "expected one rule"),
     "options that clash": (
         {"weights": {"method": "resq", "target_bits": 4}},
-        "^recipe: weights: ratio, target_size and target_bits are for allocation: search; without one, bits decides$",
+        "^recipe: weights: ratio, target_size and target_bits need allocation: search, as resq-75 has it; else bits decides",
     ),
     "sections that clash": (
         {"calibration": {"inputs": "original"}, "refine": {"epochs": 1}, "weights": {"method": "cospadi"}},

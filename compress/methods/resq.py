@@ -54,7 +54,9 @@ class Config(GptqConfig, BudgetConfig):
     def _has_something_to_search(self) -> Config:
         sized = self.target_size is not None or self.target_bits is not None or self.ratio != _RATIO
         if self.allocation == "uniform" and sized:
-            raise ValueError("ratio, target_size and target_bits are for allocation: search; without one, bits decides")
+            raise ValueError(
+                "ratio, target_size and target_bits need allocation: search, as resq-75 has it; else bits decides"
+            )
         if self.allocation == "search" and self.activation_bits < 16:
             raise ValueError("allocation: search does not see what rounded inputs cost; give activation_bits: 16")
         return self
