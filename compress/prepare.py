@@ -64,15 +64,16 @@ def skeleton_of(prepared: Prepared) -> nn.Module:
 
 
 def prepare(model: str | Path, recipe: Recipe, device: str = "auto") -> Prepared:
-    """Open the model and resolve the recipe against it; reads no weights and writes nothing."""
+    """Open the model and resolve the recipe against it; reads no weights but copies of tied ones, and writes nothing."""
     source = open_source(model)
     require_compressible(source)
     skeleton = build_skeleton(source.path)
     source, notes = _used(source, skeleton)
+    source, copies = _tied_once(source, skeleton)
     chosen = choose_device(device)
     plan = make_plan(skeleton, source, recipe)
     require_room(skeleton, source, plan)
-    plan = replace(plan, notes=plan.notes + notes)
+    plan = replace(plan, notes=plan.notes + notes + copies)
     stored = source.tensors[f"{plan.jobs[0].name}.weight"].dtype
     return Prepared(source, skeleton, recipe, plan, chosen, compute_dtype(chosen, stored))
 
@@ -96,6 +97,26 @@ def _used(source: Source, skeleton: nn.Module) -> tuple[Source, tuple[str, ...]]
     used = {name: tensor for name, tensor in source.tensors.items() if name not in unused}
     note = f"left out: {len(unused)} tensors that {type(skeleton).__name__} does not have, the first is {unused[0]}"
     return replace(source, tensors=used), (note,)
+
+
+def _tied_once(source: Source, skeleton: nn.Module) -> tuple[Source, tuple[str, ...]]:
+    """The source without second copies of tied matrices, which a rotation would leave behind, and a note for each.
+
+    Raises:
+        CompressError: the copy is none: transformers would untie it, against the config.
+    """
+    kept, notes = dict(source.tensors), []
+    for copy, tied in skeleton.all_tied_weights_keys.items():
+        if not {copy, tied} <= kept.keys():
+            continue
+        if not torch.equal(kept[copy].read(), kept[tied].read()):
+            raise CompressError(
+                f"{source.path}: config.json ties {copy} to {tied}, the files hold other numbers for it; "
+                "set tie_word_embeddings there to false"
+            )
+        del kept[copy]
+        notes.append(f"left out: {copy}, a copy of {tied}")
+    return replace(source, tensors=kept), tuple(notes)
 
 
 def choose_device(device: str) -> torch.device:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compress.bases import rotation_bases
@@ -25,6 +26,7 @@ from compress.rotation import (
     Wanted,
     final_norm_spec,
 )
+from compress.run import run
 from compress.source import open_source
 from helpers import save_tiny, tiny_recipe, tiny_tokenizer
 
@@ -142,6 +144,24 @@ def test_other_families_are_refused_by_name(family: str, tmp_path: Path) -> None
     with pytest.raises(CompressError, match=f"{family} models cannot be rotated"):
         run(path, recipe_for("resq"), tmp_path / "out")
     assert not (tmp_path / ".out.partial").exists()
+
+
+def test_a_stored_copy_of_a_tied_head_does_not_stay_behind(tmp_path: Path) -> None:
+    """As Qwen3-0.6B has it: transformers would untie an embedding that was rotated and a head that was not."""
+    path, out = save_tiny(tmp_path / "model", "qwen3", tie_word_embeddings=True), tmp_path / "out"
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    recipe = recipe_for("resq", bits=8, activation_bits=16)
+    assert "left out: lm_head.weight, a copy of model.embed_tokens.weight" in prepare(path, recipe, "cpu").plan.notes
+    run(path, recipe, out)
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")
+    original, ours = (logits(AutoModelForCausalLM.from_pretrained(side)) for side in (path, out))
+    assert torch.linalg.norm(ours - original) < 0.05 * torch.linalg.norm(original)
+    tensors["lm_head.weight"][3, 2] += 1
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CompressError, match="ties lm_head.weight to model.embed_tokens.weight.* set tie_word_embeddings"):
+        run(path, recipe_for("rtn"), tmp_path / "refused")
 
 
 def test_rules_must_agree_on_the_rotation(tiny_llama: Path, tmp_path: Path) -> None:
