@@ -66,6 +66,9 @@ class CompressHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for layer in model.modules():
+            if isinstance(layer, CompressedLinear):  # transformers has made parameters of them that are trained
+                layer.requires_grad_(False)
         model.save_pretrained = _Save(model, self.origin)
         if hasattr(model, CACHE_MODULE):
             model._prepare_cache_for_generation = CachedGeneration(model)
@@ -79,7 +82,7 @@ class CompressHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # what lies around packed layers: gradients pass through them
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

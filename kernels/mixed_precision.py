@@ -34,6 +34,7 @@ from torch import Tensor
 from compress.kernels import cpu, gpu, gpu_hadamard, gpu_products, gpu_rounded, gpu_rounding
 from compress.kernels.hadamard import gpu_base, hadamard, hadamard_cpu
 from compress.kernels.notice import reference_runs
+from compress.kernels.outputs import shaped_like
 from compress.kernels.pack import unpack_signed
 from compress.kernels.part import Part
 
@@ -113,6 +114,11 @@ def _part_sizes(
     return parts
 
 
+def _weight(parts: list[Part]) -> Tensor:
+    """The fp32 weight `[N, I]` of all parts, in stored coordinates."""
+    return torch.cat([dequantize_part(p.packed, p.scale, p.bits, p.width, p.group_size) for p in parts], dim=1)
+
+
 def _exact_product(x_TK: Tensor, w_NK: Tensor, largest: int) -> Tensor:
     """x w^T of integers held in fp32, `largest` bounding each product; exact, int32."""
     run = max(1, _EXACT // largest)
@@ -159,10 +165,9 @@ def mixed_precision_reference(
         x = rotated(x, high_features)
     x_TI = x.reshape(-1, x.shape[-1])
     if activation_bits == 16:
-        weights = [dequantize_part(p.packed, p.scale, p.bits, p.width, group_size) for p in parts]
-        return (x_TI @ torch.cat(weights, dim=1).to(x.dtype).T).view(*x.shape[:-1], len(parts[0].packed))
+        return shaped_like(x, x_TI @ _weight(parts).to(x.dtype).T)
     y = sum(_integer_part(x_TI[:, part.start : part.stop], part) for part in parts)
-    return y.to(x.dtype).view(*x.shape[:-1], len(parts[0].packed))
+    return shaped_like(x, y.to(x.dtype))
 
 
 mixed_precision = torch.library.custom_op("compress::mixed_precision", mixed_precision_reference, mutates_args=())
@@ -183,7 +188,7 @@ def mixed_precision_cpu(x: Tensor, *stored: Any) -> Tensor:
         x = rotated(x, high_features)
     x_TI = x.reshape(-1, x.shape[-1])
     if x_TI.shape[0] <= cpu.MOST_TOKENS:
-        return cpu.integer_linear(x_TI, parts).view(*x.shape[:-1], parts[0].packed.shape[0])
+        return shaped_like(x, cpu.integer_linear(x_TI, parts))
     x_TI = x_TI.float()
     if rounds:
         x_TI = torch.cat([round_activation(x_TI[:, p.start : p.stop], p.seen_bits, p.slices, p.clip) for p in parts], dim=1)
@@ -193,7 +198,7 @@ def mixed_precision_cpu(x: Tensor, *stored: Any) -> Tensor:
             cpu.expanded(p.packed[rows], p.scale[rows], p.bits, group_size, out[:, p.start : p.stop])
 
     y = cpu.product_by_blocks(x_TI, len(parts[0].packed), expand)
-    return y.to(x.dtype).view(*x.shape[:-1], len(parts[0].packed))
+    return shaped_like(x, y.to(x.dtype))
 
 
 @mixed_precision.register_kernel("cuda")
@@ -208,10 +213,10 @@ def mixed_precision_cuda(x: Tensor, *stored: Any) -> Tensor:
         return mixed_precision_reference(x, *stored)
     if rounds:
         y = gpu_rounded.product(_gpu_codes(x, parts, rotate), parts, x.dtype)
-        return y.view(*x.shape[:-1], len(parts[0].packed))
+        return shaped_like(x, y)
     x_TI = (rotated(x, high_features) if rotate else x).reshape(-1, x.shape[-1]).contiguous()
     weights = [gpu_products.Weight(part.packed, part.scale, part.bits, part.width, group_size) for part in parts]
-    return gpu_products.product(x_TI, *weights).view(*x.shape[:-1], len(parts[0].packed))
+    return shaped_like(x, gpu_products.product(x_TI, *weights))
 
 
 def _gpu_codes(x: Tensor, parts: list[Part], rotate: bool) -> list[gpu_rounding.Codes]:
@@ -234,3 +239,20 @@ def _gpu_codes(x: Tensor, parts: list[Part], rotate: bool) -> list[gpu_rounding.
 @mixed_precision.register_fake
 def _(x: Tensor, low: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], low.shape[0])
+
+
+def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, *stored = inputs
+    ctx.save_for_backward(*stored[:4])
+    ctx.width, ctx.sizes = x.shape[-1], stored[4:]
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple:
+    """Of the inputs: what is packed is not trained. The rounding of inputs lets it through as it comes."""
+    *_, high_features, _, _, _, _, rotate = ctx.sizes
+    weight = _weight(_parts(ctx.width, *ctx.saved_tensors, *ctx.sizes))
+    grad_x = grad @ weight.to(grad.dtype)
+    return rotated(grad_x, high_features) if rotate else grad_x, *(None,) * (4 + len(ctx.sizes))
+
+
+mixed_precision.register_autograd(_gradient, setup_context=_remember)

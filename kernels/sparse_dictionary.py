@@ -26,6 +26,7 @@ from torch import Tensor
 
 from compress.kernels import cpu, gpu, gpu_products
 from compress.kernels.notice import reference_runs
+from compress.kernels.outputs import shaped_like
 from compress.kernels.pack import unpack_signed
 from compress.kernels.part import Part
 
@@ -134,7 +135,7 @@ def sparse_dictionary_cpu(x: Tensor, *stored: Any) -> Tensor:
             cpu.expanded(values[rows], scale[rows], bits, group, out)
 
         y = cpu.product_by_blocks(u_MA, len(values), expand)
-    return y.to(x.dtype).view(*x.shape[:-1], values.shape[0])
+    return shaped_like(x, y.to(x.dtype))
 
 
 @sparse_dictionary.register_kernel("cuda")
@@ -155,7 +156,7 @@ def sparse_dictionary_cuda(x: Tensor, *stored: Any) -> Tensor:
     else:
         weight = gpu_products.Weight(values, scale, bits, u_MA.shape[1], group, mask, units)
         y = gpu_products.product(u_MA, weight)
-    return y.view(*x.shape[:-1], len(values))
+    return shaped_like(x, y)
 
 
 def _coded(x_MI: Tensor, *stored: Any) -> Tensor:
@@ -170,3 +171,25 @@ def _coded(x_MI: Tensor, *stored: Any) -> Tensor:
 @sparse_dictionary.register_fake
 def _(x: Tensor, values: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, *stored = inputs
+    ctx.save_for_backward(*stored[:5])
+    ctx.width, ctx.sizes = x.shape[-1], stored[5:]
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple:
+    """Of the inputs: what is packed is not trained."""
+    values, mask, scale, dictionary, dictionary_scale = ctx.saved_tensors
+    unit_atoms, *sizes, dictionary_bits = ctx.sizes
+    units, learned = ctx.width if unit_atoms else 0, sizes[0]
+    grad_x = grad @ stored_codes(values, mask, scale, units, *sizes).to(grad.dtype)
+    if dictionary is not None:
+        atoms = stored_dictionary(dictionary, dictionary_scale, learned, dictionary_bits).to(grad.dtype)
+        of_units, of_learned = grad_x.split([units, learned], dim=-1)
+        grad_x = of_learned @ atoms.T + of_units if units else of_learned @ atoms.T
+    return grad_x, *(None,) * (5 + len(ctx.sizes))
+
+
+sparse_dictionary.register_autograd(_gradient, setup_context=_remember)

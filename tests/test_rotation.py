@@ -160,7 +160,7 @@ def test_a_stored_copy_of_a_tied_head_does_not_stay_behind(tmp_path: Path) -> No
     assert torch.linalg.norm(ours - original) < 0.05 * torch.linalg.norm(original)
     tensors["lm_head.weight"][3, 2] += 1
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CompressError, match="ties lm_head.weight to model.embed_tokens.weight.* set tie_word_embeddings"):
+    with pytest.raises(CompressError, match=r"ties lm_head\.weight .* set tie_word_embeddings"):
         run(path, recipe_for("rtn"), tmp_path / "refused")
 
 

@@ -136,3 +136,38 @@ def test_a_checkpoint_without_its_report_still_tells_its_sizes(tiny_compressed: 
     json.dumps(told.to_dict(), allow_nan=False)
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "again")])
     assert shown.exit_code == 0 and "unknown" in shown.stdout and UP in shown.stdout
+
+
+PACKED = {
+    "integers": {"method": "rtn", "bits": 3, "group_size": 24},
+    "two parts, transformed": {"method": "resq", "bits": 4, "activation_bits": 16},
+    "unit vectors": {"method": "cospadi", "dictionary": "identity", "ratio": 0.3},
+    "integers, pruned": {"method": "cospadi", "dictionary": "identity", "value_bits": 4, "ratio": 0.75, "group_size": 32},
+    "atoms": tiny_recipe()["weights"],
+    "both": {**tiny_recipe()["weights"], "dictionary": "identity+learned"},
+    "both, integers": {
+        **tiny_recipe()["weights"], "dictionary": "identity+learned", "value_bits": 6, "dictionary_bits": 5, "ratio": 0.7,
+    },
+    "low rank": {"method": "svd_llm", "ratio": 0.2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", PACKED.values(), ids=PACKED)
+def test_gradients_pass_through_packed_layers(weights: dict, tmp_path: Path) -> None:
+    """Those of the same model multiplied out, for few tokens and many; nothing packed is trained."""
+    run(save_tiny(tmp_path / "tiny"), Recipe.from_dict({**tiny_recipe(), "weights": weights}), tmp_path / "out")
+    ours, dense = (compress.load(tmp_path / "out", dtype=torch.float32) for _ in range(2))
+    layers = [module for module in ours.modules() if isinstance(module, CompressedLinear)]
+    assert layers and not any(tensor.requires_grad for layer in layers for tensor in layer.parameters())
+    dense.dequantize()
+    for tokens in (4, 57):
+        gradients = []
+        for model in (ours, dense):
+            seen = model.get_input_embeddings()(IDS[:, :tokens]).detach().requires_grad_()
+            model(inputs_embeds=seen).logits.square().sum().backward()
+            gradients.append(seen.grad)
+        assert torch.linalg.norm(gradients[0] - gradients[1]) < 1e-3 * torch.linalg.norm(gradients[1])
+    packed_layer = ours.get_submodule(UP)
+    x = torch.randn(3, packed_layer.in_features, requires_grad=True)
+    packed_layer(x).add_(1).sum().backward()  # as Falcon adds its residual, in place
+    assert torch.allclose(x.grad, packed_layer.dense_weight().sum(dim=0).expand(3, -1), rtol=1e-4, atol=1e-4)
