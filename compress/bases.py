@@ -21,7 +21,7 @@ from compress.cache.attached import CACHE_MODULE, SIDES
 from compress.calibrate import data
 from compress.errors import CompressError
 from compress.lineage import Lineage
-from compress.model import head_width
+from compress.model import head_width, kv_heads
 from compress.moments import Moments, gather
 from compress.orthonormal import hadamard_basis, pca_basis
 from compress.plan import HEAD
@@ -58,7 +58,7 @@ def rotation_bases(prepared: Prepared, wanted: Wanted, moments: Moments | None) 
         bases["order"] = moments.stream.argsort(stable=True)
     if wanted.hidden_order:
         bases.update({f"hidden.{index}": energy.argsort(stable=True) for index, energy in moments.hidden.items()})
-    width, heads = head_width(model), config.num_key_value_heads
+    width, heads = head_width(model), kv_heads(model)
     for index in range(plan.num_blocks if wanted.heads != "none" else 0):
         if wanted.heads == "hadamard":
             bases[f"heads.{index}"] = hadamard_basis(width).expand(heads, -1, -1).contiguous()
@@ -135,7 +135,7 @@ def rotated(prepared: Prepared, tokens: data.Tokens, staging: Path, lineage: Lin
         ordered = wanted is not None and wanted.hidden_order
         stream = wanted.stream if wanted else "none"
         asked = ordered or calibrated or {"pca", "order"} & {*by_moments}
-        moments = gather(prepared, tokens, progress, stream) if asked else None
+        moments = gather(prepared, tokens, progress, stream, hidden=ordered) if asked else None
         try:
             bases = rotation_bases(prepared, wanted, moments) if wanted else {}
             bases.update(cache_bases(prepared, moments, folded="heads.0" in bases))
@@ -168,7 +168,7 @@ def cache_bases(prepared: Prepared, moments: Moments | None, *, folded: bool) ->
     kv, model = prepared.recipe.kv_cache, prepared.model
     if kv is None or kv.basis == "none":
         return {}
-    width, heads = head_width(model), model.config.get_text_config(decoder=True).num_key_value_heads
+    width, heads = head_width(model), kv_heads(model)
     high, generator = high_per_head(width, kv.high_share), torch.Generator().manual_seed(_CACHE_SEED)
     bases = {}
     for index in range(prepared.plan.num_blocks):
@@ -208,8 +208,7 @@ def _saved_cache(prepared: Prepared, bases: dict[str, Tensor]) -> dict[str, Any]
     if kv.high_share:
         options["high_channels"] = high_per_head(width, kv.high_share)
     layers = {side: [int(name.split(".")[1]) for name in bases if name.startswith(side + ".")] for side in SIDES}
-    heads = model.config.get_text_config(decoder=True).num_key_value_heads
-    return {"method": kv.method, "options": options, "bases": layers, "heads": heads, "head_dim": width}
+    return {"method": kv.method, "options": options, "bases": layers, "heads": kv_heads(model), "head_dim": width}
 
 
 def write_cache_bases(staging: Path) -> list[Path]:

@@ -3,7 +3,7 @@
     stream   the mean over blocks of the moments of both normalised inputs, before the norms' gains; where the stream is only
              to be reordered, the mean energy of its channels as the linears see them, every input scaled to a sum of one
     heads    per block and KV head, the moment of the values, and of the keys and queries after rotary embedding
-    hidden   per block, the energy of each inner channel of the MLP
+    hidden   per block, the energy of each inner channel of the MLP, where that is asked for
 
 Cost: one forward pass without solving; memory as in the block loop, plus a d x d and blocks x heads small fp64 sums.
 """
@@ -25,6 +25,8 @@ from compress.prepare import Prepared
 from compress.reorder import stream_readers
 from compress.rotation import Basis, norm_readers
 
+_HIDDEN = "mlp.down_proj"  # reads the inner channels; not every model has one
+
 
 @dataclass
 class Moments:
@@ -37,7 +39,9 @@ class Moments:
     hidden: dict[int, Tensor]  # energy of each inner channel of the MLP
 
 
-def gather(prepared: Prepared, tokens: data.Tokens, progress: Progress, stream_basis: Basis = "pca") -> Moments:
+def gather(
+    prepared: Prepared, tokens: data.Tokens, progress: Progress, stream_basis: Basis = "pca", *, hidden: bool = False
+) -> Moments:
     """Run the original model once, block by block; the stream's moments are those that its kind of basis needs.
 
     Raises:
@@ -64,7 +68,7 @@ def gather(prepared: Prepared, tokens: data.Tokens, progress: Progress, stream_b
 
         hooks, energies = [], {}
 
-        weighed = ["mlp.down_proj"]
+        weighed = [_HIDDEN] if hidden else []
         if stream_basis == "order":
             weighed += [names[0] for names in stream_readers(model.get_submodule(prefix[:-1]), model).values()]
         for name in weighed:
@@ -88,7 +92,8 @@ def gather(prepared: Prepared, tokens: data.Tokens, progress: Progress, stream_b
                 hook.remove()
         release(model, prefix)
         give_back_freed_memory()
-        moments.hidden[index] = energies.pop("mlp.down_proj")
+        if hidden:
+            moments.hidden[index] = energies.pop(_HIDDEN)
         for energy in energies.values():
             channels += energy.cpu() / energy.sum().clamp_min(1e-300).cpu()
         for name, grams in states.items():

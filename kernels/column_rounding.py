@@ -100,7 +100,7 @@ def round_columns_cuda(state_BN: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
         return round_columns_reference(state_BN, *given)
     matrix_BB, scale_BN, inverse_BN, half_B, old_BN = given if len(given) == 5 else (*given, None)
     count, neurons = state_BN.shape
-    codes, steps = (torch.empty(count, neurons, device=state_BN.device) for _ in range(2))
+    codes, steps = (torch.empty(count, neurons, dtype=torch.float32, device=state_BN.device) for _ in range(2))
     state, scale, inverse, old = (
         tensor.contiguous() for tensor in (state_BN, scale_BN, inverse_BN, state_BN if old_BN is None else old_BN)
     )

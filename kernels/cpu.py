@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -54,19 +55,10 @@ def compiled() -> ctypes.CDLL | None:
     reason = "no C++ compiler was found"
     if compiler and platform.system() == "Linux":
         text = b"".join(file.read_bytes() for file in (*_HEADERS, *_SOURCES))
-        key = hashlib.sha256(text + " ".join((compiler, *_FLAGS, _processor())).encode()).hexdigest()[:16]
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspace-compress" / "kernels"
-        file = folder / f"{key}.so"
+        made_for = " ".join((compiler, *_FLAGS, _processor(), *platform.libc_ver()))
+        file = f"{hashlib.sha256(text + made_for.encode()).hexdigest()[:16]}.so"
         try:
-            if not file.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                    made = Path(scratch) / file.name
-                    # torch's own OpenMP runtime is in the process already: two of them would fight for the cores
-                    command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)]
-                    subprocess.run(command, check=True, capture_output=True, text=True)
-                    made.replace(file)
-            return _declared(ctypes.CDLL(str(file)))
+            return _declared(_built(_folder(file) / file, compiler))
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", "") or str(error)
             reason = f"compiling them failed: {said.strip().splitlines()[0] if said.strip() else error}"
@@ -74,6 +66,45 @@ def compiled() -> ctypes.CDLL | None:
         reason = f"they are built on Linux, this is {platform.system()}"
     reference_runs(f"no kernels for this CPU, {reason}")
     return None
+
+
+def _folder(file: str) -> Path:
+    """Where a file is or is to be made: the user's cache, or, where that cannot be written, a folder of this user alone
+    among temporary files.
+
+    Raises:
+        OSError: neither is to be had.
+    """
+    with suppress(OSError, RuntimeError):  # no home, or one that is read only
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspace-compress" / "kernels"
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / file).exists() or os.access(folder, os.W_OK):
+            return folder
+    folder = Path(tempfile.gettempdir()) / f"subspace-compress-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:  # others could put a library of theirs there
+        raise PermissionError(f"{folder} can be written by others")
+    return folder
+
+
+def _built(file: Path, compiler: str) -> ctypes.CDLL:
+    """The library, compiled unless it is there and can be loaded."""
+    if file.exists():
+        with suppress(OSError):  # cut off, or of another machine
+            return ctypes.CDLL(str(file))
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        made = Path(scratch) / file.name
+        # torch's own OpenMP runtime is in the process already: two of them would fight for the cores
+        command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        made.replace(file)
+    return ctypes.CDLL(str(file))
+
+
+def _fp32(*shape: int) -> Tensor:
+    """Room for what C++ writes, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -202,7 +233,7 @@ def product_by_blocks(x_MK: Tensor, rows: int, expand: Callable[[slice, Tensor],
     """
     tokens, width = x_MK.shape
     step = max(8, _SCRATCH_BYTES // (4 * width))
-    scratch, y_NM = torch.empty(min(step, rows), width), torch.empty(rows, tokens)
+    scratch, y_NM = _fp32(min(step, rows), width), _fp32(rows, tokens)
     for first in range(0, rows, step):
         part = slice(first, min(first + step, rows))
         weight = scratch[: part.stop - first]
@@ -234,7 +265,7 @@ def group_scores(
     batch, heads, queries, width = query.shape
     rows = packed.shape[2]
     tokens = tokens_of_row(packed, bits, width)
-    query, scores = query.float().contiguous(), torch.empty(batch, heads, queries, rows * tokens)
+    query, scores = query.float().contiguous(), _fp32(batch, heads, queries, rows * tokens)
     extra = _floats(units, centre)
     done = compiled().group_scores(
         *_stored(packed, affine), *map(_address, extra), query.data_ptr(), scores.data_ptr(), batch * heads, queries, rows,
@@ -249,7 +280,7 @@ def group_sums(
     """Sums `[batch, heads, queries, width]` of a cache's rows of one token, each times its weight; None as above."""
     batch, heads, queries, rows = weights.shape
     parts = _PARTS
-    weights, sums = weights.float().contiguous(), torch.empty(parts, batch, heads, queries, width)
+    weights, sums = weights.float().contiguous(), _fp32(parts, batch, heads, queries, width)
     extra = _floats(units)
     done = compiled().group_sums(
         *_stored(packed, affine), *map(_address, extra), weights.data_ptr(), sums.data_ptr(), parts, batch * heads, queries,

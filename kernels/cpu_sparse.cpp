@@ -108,7 +108,7 @@ struct RoundedInputs {
     std::vector<float> scale;
 
     RoundedInputs(const float* x, long M, long A, long units, long group) : codes(M * A) {
-        const long longest = 1024;  // columns whose sums fit 32 bits at any width
+        const long longest = 1024;  // columns whose sums, four of them, fit 32 bits each at any width
         long groups = 0;
         for (long part = 0; part < 2; part++) {
             const long from = part ? units : 0, to = part ? A : units, step = group ? group : to - from;
@@ -157,8 +157,9 @@ static void sparse_integer_rows(const RoundedInputs& in, long first, const uint8
                 bit += bits * __builtin_popcount(kept);
             }
             for (int m = 0; m < M; m++) {
-                const __m128i pairs = _mm_add_epi32(acc[m], _mm_shuffle_epi32(acc[m], 0x4e));
-                sums[m] = _mm_cvtsi128_si32(_mm_add_epi32(pairs, _mm_shuffle_epi32(pairs, 0xb1)));
+                int32_t lanes[4];
+                _mm_storeu_si128((__m128i*)lanes, acc[m]);
+                for (int lane = 0; lane < 4; lane++) sums[m] += lanes[lane];
             }
 #endif
             for (; column < stop; column += 8) {

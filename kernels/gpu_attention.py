@@ -118,7 +118,7 @@ def scores(
     rows = packed.shape[2]
     tokens = tokens_of_row(packed, bits, width)
     query = query.float().contiguous()
-    out = torch.empty(batch, heads, queries, rows * tokens, device=query.device)
+    out = torch.empty(batch, heads, queries, rows * tokens, dtype=torch.float32, device=query.device)
     extra = [out if tensor is None else tensor.float().contiguous() for tensor in (units, centre)]
     group_scores[(rows, batch * heads)](
         query, packed, affine, *extra, out, queries, rows, tokens, width, width // runs, runs, *_strides(packed, affine),
@@ -137,7 +137,7 @@ def sums(weights: Tensor, packed: Tensor, affine: Tensor, bits: int, runs: int, 
     weights, parts, run = weights.float().contiguous(), triton.cdiv(rows, PART), width // runs
     one_run = run % 16 == 0
     channels = gcd(run, CHANNELS) if one_run else CHANNELS
-    out = torch.empty(parts, batch, heads, queries, width, device=weights.device)
+    out = torch.empty(parts, batch, heads, queries, width, dtype=torch.float32, device=weights.device)
     group_sums[(parts, batch * heads, triton.cdiv(width, channels))](
         weights, packed, affine, out if units is None else units.float().contiguous(), out, queries, batch * heads, rows,
         width, run, runs, *_strides(packed, affine),

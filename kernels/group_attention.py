@@ -119,6 +119,6 @@ def _multiplied_out(
     centre: Tensor | None,
 ) -> Tensor:
     """Some rows in fp32, `[batch, heads, rows * tokens, width]`."""
-    out = torch.empty(*packed.shape[:2], packed.shape[2] * tokens, width, device=packed.device)
+    out = torch.empty(*packed.shape[:2], packed.shape[2] * tokens, width, dtype=torch.float32, device=packed.device)
     expand_groups_reference(packed, affine, bits, runs, out, units, centre)
     return out

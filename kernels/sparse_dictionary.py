@@ -164,7 +164,8 @@ def _coded(x_MI: Tensor, *stored: Any) -> Tensor:
     _, _, _, dictionary, dictionary_scale, unit_atoms, learned, *_, dictionary_bits = stored
     if dictionary is None:
         return x_MI
-    z_MK = x_MI @ stored_dictionary(dictionary, dictionary_scale, learned, dictionary_bits).to(x_MI.dtype)
+    with torch.autocast(x_MI.device.type, enabled=False):  # both sides in one dtype
+        z_MK = x_MI @ stored_dictionary(dictionary, dictionary_scale, learned, dictionary_bits).to(x_MI.dtype)
     return torch.cat([x_MI, z_MK], dim=1) if unit_atoms else z_MK
 
 

@@ -75,7 +75,7 @@ def test_rotation_keeps_the_function(family: str, tied: bool, tmp_path: Path) ->
 def prepared_and_moments(tmp_path: Path) -> tuple[Prepared, Moments]:
     prepared = prepare(save_tiny(tmp_path / "model", "qwen2"), recipe_for("resq"))
     tokens = make_tokens(load_texts("python-docs"), tiny_tokenizer(), samples=8, length=64)
-    return prepared, gather(prepared, tokens, Silent())
+    return prepared, gather(prepared, tokens, Silent(), hidden=True)
 
 
 def test_moments_are_those_of_the_model(tmp_path: Path) -> None:

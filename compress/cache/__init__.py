@@ -168,8 +168,16 @@ class KVCache(Cache):
 
 @torch.no_grad()
 def query_moments(model: nn.Module, ids: Tensor) -> dict[int, Tensor]:
-    """`metrics` for `KVCache(model, "squat", metrics=...)` from a text of one's own, token ids `[batch, tokens]`."""
+    """`metrics` for `KVCache(model, "squat", metrics=...)` from a text of one's own, token ids `[batch, tokens]`.
+
+    Raises:
+        CompressError: an attention function that does not show its queries.
+    """
     cache = KVCache(model, "squat", window=ids.shape[1], block=1)  # nothing is packed, so everything is collected
+    if not all(layer.watched for layer in cache.packed):
+        raise CompressError(
+            f"{type(model).__name__} shows no queries: its attention is not sdpa or eager of transformers' interface"
+        )
     model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True)
     return {index: layer.moment() for index, layer in enumerate(cache.layers) if isinstance(layer, PackedLayer)}
 

@@ -6,10 +6,13 @@ capacity doubles, so t appends move O(t) rows in all. The price is up to as much
 `reserved_nbytes` reports and a caller who knows the final length avoids with the first capacity.
 
 The tensor is always a normal one: made under `torch.inference_mode` it could not be written to outside of it, and a chat
-may prefill in one mode and generate in the other. `PackedLayer` leaves inference mode around every call that allocates.
+may prefill in one mode and generate in the other. `PackedLayer` leaves inference mode around every call that allocates, and
+so do copies and what is read from a file.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -74,9 +77,9 @@ class GrowingRows:
             self.data = self.data.new_empty(batch, heads, 2 * max(self.length, _SMALLEST), width)
         self.data[:, :, : self.length] = kept
 
-    def select(self, indices: Tensor) -> None:
+    def select(self, indices: Tensor | Sequence[int]) -> None:
         """Batch rows in the order of `indices`, with repetitions; indices as tensors take them, masks included."""
-        self.data = self.data[indices.to(self.data.device)]
+        self.data = self.data[torch.as_tensor(indices, device=self.data.device)]
 
     def repeat(self, repeats: int) -> None:
         """Every batch row `repeats` times in a row."""

@@ -2,7 +2,7 @@
 
 With normalised inputs x of unit covariance, behind the gain g of the norm, queries of one head have the moment
 
-    C = W_q diag(g^2) W_q^T + b b^T            summed over the query heads of a KV head
+    C = W_q diag(g^2) W_q^T + b b^T            summed over the query heads of a KV head; a layer norm adds to b
 
 and rotary embedding turns it with the position: what keys meet is the mean of R_n C R_n^T over positions n. Fast pairs of
 channels come out isotropic; what slow ones have in common stays. A norm of the queries (Qwen3) scales every head to the same
@@ -39,26 +39,28 @@ def weight_moments(model: nn.Module) -> dict[int, Tensor]:
             continue
         weight = projection.dense_weight() if hasattr(projection, "dense_weight") else projection.weight
         weight = weight.double().cpu()
+        bias = weight.new_zeros(len(weight)) if projection.bias is None else projection.bias.double().cpu()
         norm = modules.get(f"{name.rpartition('.')[0]}.input_layernorm")
         if getattr(norm, "weight", None) is not None:
-            weight = weight * _gain(norm)
-        rows = weight.unflatten(0, (heads, -1, width))
-        moment = torch.einsum("hqdi,hqei->hqde", rows, rows)
-        if projection.bias is not None:
-            bias = projection.bias.double().cpu().view(heads, -1, width)
-            moment = moment + bias[..., :, None] * bias[..., None, :]
+            gain, offset = _affine(norm)
+            weight, bias = weight * gain, bias + weight @ offset
+        rows, bias = weight.unflatten(0, (heads, -1, width)), bias.view(heads, -1, width)
+        moment = torch.einsum("hqdi,hqei->hqde", rows, rows) + bias[..., :, None] * bias[..., None, :]
         if getattr(getattr(module, "q_norm", None), "weight", None) is not None and len(module.q_norm.weight) == width:
-            gain = _gain(module.q_norm)
+            gain, _ = _affine(module.q_norm)
             energy = moment.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
             moment = moment / energy * gain[:, None] * gain
         moments[module.layer_idx] = _turned(moment.sum(dim=1), turns).float()
     return moments
 
 
-def _gain(norm: nn.Module) -> Tensor:
-    """What a norm multiplies by; Gemma's stores it less one, which a unit input shows."""
-    probe = torch.ones(1, len(norm.weight), dtype=norm.weight.dtype, device=norm.weight.device)
-    return norm(probe)[0].double().cpu()
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What a norm multiplies by and adds. Gemma's stores the gain less one, and a layer norm takes the mean off: inputs of
+    plus and minus one show it."""
+    probe = torch.ones(2, len(norm.weight), dtype=norm.weight.dtype, device=norm.weight.device)
+    probe[0, 1::2], probe[1] = -1, 0
+    seen, offset = norm(probe).double().cpu()
+    return (seen - offset) * probe[0].double().cpu(), offset
 
 
 def _turned(moment_HDD: Tensor, turns: Turns | None) -> Tensor:

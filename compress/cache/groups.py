@@ -252,7 +252,9 @@ class GroupStore:
         step = max(1, _SLICE // size)
         for first in range(0, codes.shape[2], step):
             groups, part = slice(first, first + step), out[:, :, first * size : (first + step) * size]
-            keys = torch.empty(part.shape, device=part.device)  # the wave is added before they are rounded
+            keys = torch.empty(
+                part.shape, dtype=torch.float32, device=part.device
+            )  # the wave is added before they are rounded
             expand_groups(codes[:, :, groups], affine[:, :, groups], bits, width, keys, units, centre)
             part.copy_(keys + self._wave(self.config.sink_tokens + first * size, part.shape[2]))
 
@@ -300,7 +302,7 @@ class GroupStore:
 
     def repeat(self, repeats: int) -> None:
         """Every row `repeats` times in a row."""
-        self.rows = (self.rows[:, None] * repeats + torch.arange(repeats)).flatten()
+        self.rows = (self.rows[:, None] * repeats + torch.arange(repeats, device="cpu")).flatten()
         for buffer in self.buffers():
             buffer.repeat(repeats)
 

@@ -17,6 +17,7 @@ Cost: O(new tokens) amortised to write; reading multiplies out the whole cache o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -207,12 +208,14 @@ class Layer(PackedLayer):
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         self.version += 1
-        indices = indices.cpu().nonzero().flatten() if indices.dtype == torch.bool else indices.cpu()
+        indices = torch.as_tensor(indices, device="cpu")
+        indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
         stores = []
         for store in self.stores:
-            local = torch.full((self.shape["batch"],), -1).index_copy(0, store.rows, torch.arange(len(store.rows)))[indices]
+            local = torch.full((self.shape["batch"],), -1, device="cpu")
+            local = local.index_copy(0, store.rows, torch.arange(len(store.rows), device="cpu"))[indices]
             if (local >= 0).any():
                 part = self._rows_of(store, local[local >= 0])
                 part.rows = torch.nonzero(local >= 0).flatten()
@@ -240,7 +243,7 @@ class Layer(PackedLayer):
         for known in facts["stores"]:
             if strange := set(known) - {"rows", *empty.known}:
                 raise CompressError(f"saved by another version of compress, which knew {', '.join(sorted(strange))}")
-            store = self._rows_of(empty, torch.tensor(known.pop("rows")))
+            store = self._rows_of(empty, torch.tensor(known.pop("rows"), device="cpu"))
             for name, value in known.items():
                 setattr(store, name, value)
             self.stores.append(store)

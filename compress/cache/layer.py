@@ -14,7 +14,9 @@ batch, heads, head_dim and device; `reset` frees everything.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -139,6 +141,13 @@ class PackedLayer(CacheLayerMixin):
         self.length = facts["length"]
         self.require_whole()
 
+    @torch.inference_mode(mode=False)
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLayer:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(twin, name, copy.deepcopy(value, memo))
+        return twin
+
     def restore(self, facts: dict[str, Any]) -> None:
         """Make the buffers of a layer that has others than a new one; before they are filled."""
 
@@ -154,6 +163,8 @@ class PackedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens; as in `DynamicLayer`, the number is negative or 0."""
         if tokens_to_remove > 0:
@@ -174,7 +185,7 @@ class PackedLayer(CacheLayerMixin):
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         for buffer in self.buffers():
             buffer.select(indices)
         self._count_rows()

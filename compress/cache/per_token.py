@@ -158,7 +158,7 @@ class Side:
             return out
         stored = zip(self.codes.rows().split(_CHUNK, dim=2), self.affine.rows().split(_CHUNK, dim=2), strict=True)
         for target, (codes, affine) in zip(rest.split(_CHUNK, dim=2), stored, strict=True):
-            values = torch.empty(target.shape, device=target.device)
+            values = torch.empty(target.shape, dtype=torch.float32, device=target.device)
             decode(codes, affine, self.parts, values)
             target.copy_(values @ self.basis.mT)
         return out

@@ -43,6 +43,7 @@ def write_prefix(path: str | Path, layers: list[Any], spec: dict[str, Any]) -> N
     partial.replace(path)
 
 
+@torch.inference_mode(mode=False)
 def read_prefix(path: str | Path, layers: list[Any], spec: dict[str, Any], device: torch.device | str) -> None:
     """Fill empty layers with what `write_prefix` wrote."""
     if not Path(path).is_file():

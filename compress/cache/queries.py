@@ -33,11 +33,12 @@ def expect_queries(layer: Any) -> None:
 
 
 def show_queries(model: nn.Module) -> bool:
-    """Give a model the attention function that shows queries, which stays; false where its own is not stood in front of."""
+    """Give a model the attention function that shows queries, which stays; false where its own is not stood in front of, or
+    cannot be exchanged (Bloom, Falcon, MPT)."""
     own = model.config._attn_implementation
     if own in _SHOWN:
         look_before(model, _PREFIX + own, _show)
-    return own in _SHOWN or own.startswith(_PREFIX)
+    return model.config._attn_implementation.startswith(_PREFIX)
 
 
 def _show(
@@ -103,7 +104,7 @@ def _readable(mask: Tensor, queries: int, tokens: int) -> Tensor | None:
         newest = mask[:, 0, -queries:, :tokens].cpu()
         allowed = _allowed(newest)
         found = allowed[:, -1]
-        causal = torch.ones(allowed.shape[1:], dtype=torch.bool).tril(tokens - queries)
+        causal = torch.ones(allowed.shape[1:], dtype=torch.bool, device="cpu").tril(tokens - queries)
         plain = torch.equal(allowed, found[:, None] & causal)
         if not plain or (newest.is_floating_point() and newest[allowed].any()):
             found = None

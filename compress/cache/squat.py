@@ -93,7 +93,7 @@ class QueryStore(GroupStore):
             moment = self.moment()
             if not moment.any():
                 warnings.warn(
-                    "squat saw no queries and rounds keys as kivi does; give KVCache the model, not its config, or metrics",
+                    "squat saw no queries and rounds keys as kivi does; give KVCache metrics, or the model, with sdpa",
                     stacklevel=2,
                 )
             self._freeze(_weighted(moment, self.config))

@@ -68,7 +68,7 @@ def attend(stores: list[GroupStore], query: Tensor, scaling: float) -> Tensor:
     if len(stores) == 1:
         out = _attend(stores[0], queries, new, scaling)
     else:
-        out = torch.empty(*queries.shape[:3], stores[0].value_dim, device=query.device)
+        out = torch.empty(*queries.shape[:3], stores[0].value_dim, dtype=torch.float32, device=query.device)
         for store in stores:
             out[store.rows] = _attend(store, queries[store.rows], new, scaling)
     return out.unflatten(2, (-1, new)).flatten(1, 2).transpose(1, 2).contiguous().to(query.dtype)

@@ -19,7 +19,8 @@ from compress.run import run
 from helpers import save_tiny
 
 IDS = torch.arange(3, 60)[None]
-CHANGES = ["calibration.dataset=python-docs", "calibration.samples=8", "calibration.length=64"]
+CALIBRATION = {"dataset": "python-docs", "samples": 8, "length": 64}
+CHANGES = [f"calibration.{key}={value}" for key, value in CALIBRATION.items()]
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +163,26 @@ def test_queries_may_pick_the_keys_directions(tmp_path: Path) -> None:
     assert energy[1.0] > 1.2 * energy[0.0], energy
     with pytest.raises(CompressError, match="needs basis: pca"):
         Recipe.load("resq", ["kv_cache.query_share=0.5", "kv_cache.basis=hadamard"])
+
+
+CACHES = {
+    "basis": {"method": "per_token", "bits": 8, "basis": "pca", "high_share": 0.25},
+    "metric": {"method": "squat", "metric": "calibration"},
+}
+
+
+@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+@pytest.mark.parametrize(
+    ("family", "changes"), [("phi", {}), ("opt", {"word_embed_proj_dim": 64, "ffn_dim": 96, "num_key_value_heads": None})]
+)
+def test_models_of_other_shapes_have_bases(family: str, changes: dict, cache: dict, tmp_path: Path) -> None:
+    """Without an `mlp.down_proj`, or a word for the number of KV heads."""
+    source = save_tiny(tmp_path / "model", family, **changes)
+    run(
+        source,
+        Recipe.from_dict({"calibration": CALIBRATION, "weights": {"method": "rtn"}, "kv_cache": cache}),
+        tmp_path / "out",
+    )
+    model = compress.load(tmp_path / "out")
+    made = model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+    assert isinstance(made.past_key_values, KVCache) and made.sequences.shape[1] == IDS.shape[1] + 4

@@ -284,3 +284,46 @@ def test_eight_bit_floats_err_by_a_sixteenth() -> None:
     assert cache.layers[0].bits_per_element == 8 + 16 / 64
     zero = KVCache(tiny_model("llama", head_dim=64), "fp8").layers[0].update(torch.zeros_like(keys), values)
     assert not zero[0].any()
+
+
+SMALL_GROUPS = {"squat": {"window": 8, "group_size": 8}, "kivi": {"window": 0, "group_size": 8}, "per_token": {}}
+
+
+@pytest.mark.parametrize("method", SMALL_GROUPS)
+def test_what_inference_mode_made_goes_on_outside(method: str, tmp_path: Path) -> None:
+    """A copy, a file that was read and a cache that was cut."""
+    model, ids, more = tiny_model("llama"), prompt(2, 30), prompt(2, 20)
+    first, loaded = (KVCache(model, method, **SMALL_GROUPS[method]) for _ in range(2))
+    with torch.inference_mode():
+        model(ids, past_key_values=first)
+        first.save(tmp_path / "cache.safetensors")
+        loaded.load(tmp_path / "cache.safetensors")
+        copied, cut = copy.deepcopy(first), copy.deepcopy(first)
+        cut.crop(-3)
+    want = logits(model, more, first, [1] * 20)
+    assert all(torch.equal(logits(model, more, cache, [1] * 20), want) for cache in (copied, loaded))
+    assert logits(model, more, cut, [1] * 20).isfinite().all() and cut.get_seq_length() == 47
+
+
+@pytest.mark.parametrize("method", SMALL_GROUPS)
+def test_torchs_defaults_do_not_matter(method: str) -> None:
+    """Neither the dtype, which C++ would write beyond, nor the device of what is counted on the CPU."""
+    model, ids = tiny_model("llama"), prompt(2, 30)
+    plain, other = (KVCache(model, method, **SMALL_GROUPS[method]) for _ in range(2))
+    for cache in (plain, other):
+        logits(model, ids, cache)
+    want = logits(model, ids, plain, [1] * 30)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = logits(model, ids, other, [1] * 30)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
+    beams = torch.tensor([1, 1, 0])
+    for cache, device in ((plain, "cpu"), (other, "meta")):
+        with torch.device(device):
+            cache.batch_repeat_interleave(2)
+            cache.reorder_cache(beams)
+        cache.batch_select_indices([0, 2])
+    again = logits(model, ids, plain, [1] * 30)
+    assert again.shape[0] == 2 and torch.equal(again, logits(model, ids, other, [1] * 30))

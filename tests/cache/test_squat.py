@@ -562,7 +562,7 @@ def test_what_reading_needs_must_be_there_again(tmp_path: Any) -> None:
     assert empty.get_seq_length() == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "stablelm"])
 def test_weights_alone_tell_where_queries_look(family: str) -> None:
     """Against the moments of random tokens; the rotation of a position is that of the model."""
     model = tiny_model(family)

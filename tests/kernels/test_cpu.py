@@ -5,7 +5,9 @@ from __future__ import annotations
 import platform
 import re
 import shutil
+import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,12 @@ from compress.kernels.mixed_precision import (
 )
 from compress.kernels.pack import pack_signed, unpack_signed
 from compress.kernels.part import Part
-from compress.kernels.sparse_dictionary import pack_mask, sparse_dictionary, sparse_dictionary_reference
+from compress.kernels.sparse_dictionary import (
+    pack_mask,
+    sparse_dictionary,
+    sparse_dictionary_cpu,
+    sparse_dictionary_reference,
+)
 from compress.layers import build
 from compress.linalg import largest_per_row
 from kernels.test_sparse_dictionary import case
@@ -255,3 +262,59 @@ def test_without_a_compiler_the_reference_runs_and_says_so_once(monkeypatch: pyt
         monkeypatch.undo()
         cpu.compiled.cache_clear()
     assert torch.equal(got, mixed_precision_reference(x, *arguments))
+
+
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_torchs_defaults_do_not_matter(tokens: int) -> None:
+    """C++ writes fp32 into what it is given."""
+    low, low_scale = packed_case(33, 64, 4, 16)
+    integers = (low, low_scale, None, None, 4, 8, 0, 16, 16, 1, 0.0, False)
+    (values, mask, scale, dictionary, *rest), _ = case(64, 33, 9, 40, True)
+    sparse, x = (values.bfloat16(), mask, scale, dictionary.bfloat16(), *rest), torch.randn(tokens, 64)
+    want = mixed_precision(x, *integers), sparse_dictionary(x, *sparse)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = mixed_precision(x, *integers), sparse_dictionary(x, *sparse)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("code", [-128, 127])
+def test_sums_of_like_signs_fit(code: int) -> None:
+    """The largest codes of a weight and of inputs, all of one sign, in a segment as long as they come."""
+    mask = torch.ones(2, 1024, dtype=torch.bool)
+    mask[:, ::64] = False
+    nonzeros = int(mask[0].sum())
+    values = pack_signed(torch.full((2, nonzeros), code), 8)
+    stored = (values, pack_mask(mask), torch.ones(2, 1).bfloat16(), None, None, True, 0, nonzeros, 8, 0, 16)
+    assert torch.allclose(sparse_dictionary(torch.ones(1, 1024), *stored), torch.full((1, 2), float(code * nonzeros)))
+
+
+@pytest.mark.parametrize("tokens", [4, 40])
+@pytest.mark.parametrize("units", [False, True])
+def test_learned_atoms_under_autocast(units: bool, tokens: int) -> None:
+    (values, mask, _, dictionary, *rest), _ = case(64, 33, 40, 13, units)
+    stored, x = (values.bfloat16(), mask, None, dictionary.bfloat16(), *rest), torch.randn(tokens, 64)
+    want = sparse_dictionary(x, *stored)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (
+            relative(sparse_dictionary_cpu(x, *stored), want) < 1e-2 and relative(sparse_dictionary(x, *stored), want) < 1e-2
+        )
+
+
+def test_without_a_home_they_are_built_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that nobody else can write to."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = cpu._folder("kernels.so")
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o077 == 0
+    folder.chmod(0o777)
+    with pytest.raises(PermissionError, match="written by others"):
+        cpu._folder("kernels.so")
+
+
+def test_a_library_that_is_cut_off_is_built_again(tmp_path: Path) -> None:
+    (tmp_path / "kernels.so").write_bytes(b"")
+    assert hasattr(cpu._built(tmp_path / "kernels.so", "c++"), "integer_linear")
