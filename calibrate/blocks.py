@@ -54,7 +54,7 @@ class BlockRunner:
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: list[Batch], device: torch.device) -> None:
         self.model, self.blocks, self.batches, self.device = model, blocks, batches, device
-        self.returns_tuple = False
+        self.behind: int | None = None  # values that a block returns behind its hidden states, None for these alone
         self.hidden: list[Tensor] = []
         self.reference: list[Tensor] | None = None  # of the original model, see `pair`
         self.share = 1.0
@@ -117,12 +117,12 @@ class BlockRunner:
         def wanted(_: Tensor, *args: Any, **kwargs: Any) -> None:
             nonlocal result
             output = block_forward(stored, *args, **kwargs)
-            self.returns_tuple = isinstance(output, tuple)
-            result = output[0] if self.returns_tuple else output
+            self.behind = len(output) - 1 if isinstance(output, tuple) else None
+            result = output if self.behind is None else output[0]
             raise _Stop
 
         with self._replaced({**dict.fromkeys(range(index), self._pass), index: wanted}):
-            self._drive({"inputs_embeds": stored.detach()}, mask)
+            self._drive(self._stand_in(stored), mask)
         return result
 
     def tracked(self, index: int, state: Tensor, mask: Tensor | None) -> Tensor:
@@ -165,7 +165,7 @@ class BlockRunner:
             for (_, mask), hidden in zip(self.batches, self.hidden, strict=True):
                 stored = hidden.to(self.device)
                 with torch.inference_mode(), self._replaced(self._behind_blocks(stored)):
-                    self._drive({"inputs_embeds": stored}, mask)
+                    self._drive(self._stand_in(stored), mask)
         finally:
             handle.remove()
 
@@ -174,7 +174,7 @@ class BlockRunner:
         to what the last block gave, `hidden`."""
         leaf = self.hidden[number].to(self.device).clone().requires_grad_()
         with torch.enable_grad(), self._replaced(self._behind_blocks(leaf)):
-            output = self._call({"inputs_embeds": leaf.detach()}, self.batches[number][1], logits_to_keep=places_T)
+            output = self._call(self._stand_in(leaf), self.batches[number][1], logits_to_keep=places_T)
         logits = output.logits
         return leaf, logits if logits.shape[1] == len(places_T) else logits[:, places_T]  # a few architectures give all
 
@@ -182,7 +182,7 @@ class BlockRunner:
         """Forwards of all blocks under which what lies behind them gets `hidden`."""
 
         def last(_: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (hidden,) if self.returns_tuple else hidden
+            return self._pass(hidden)
 
         count = len(self.blocks)
         return {**dict.fromkeys(range(count - 1), self._pass), count - 1: last}
@@ -277,7 +277,14 @@ class BlockRunner:
         return {name: grams[feeds.leader[name]] for name in linears}
 
     def _pass(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden,) if self.returns_tuple else hidden
+        """What a block returns that leaves its hidden states as they are."""
+        return hidden if self.behind is None else (hidden, *(None,) * self.behind)
+
+    def _stand_in(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Inputs of the model, of which it only needs the shape; few are narrower than hidden states (OPT-350M)."""
+        width = self.model.get_input_embeddings().weight.shape[-1]
+        fits = hidden.shape[-1] == width
+        return {"inputs_embeds": hidden.detach() if fits else hidden.new_zeros(*hidden.shape[:-1], width)}
 
     def _call(self, inputs: dict[str, Tensor], mask: Tensor | None, **options: Any) -> Any:
         self.mask = mask

@@ -169,6 +169,8 @@ def _documents(
         cut, lost = cut + (len(tokens) > length), lost + max(0, len(tokens) - length)
         ids[row, : len(tokens)] = torch.tensor(tokens[:length])
         mask[row, : len(tokens)] = True
+    if not mask.any():
+        raise CompressError(f"the {samples} documents drawn from {origin} hold no tokens")
     notes = []
     if len(texts) > len(real):
         notes.append(f"{len(texts) - len(real)} of {len(texts)} documents are blank and were left out")

@@ -53,16 +53,18 @@ def load_texts(
         CompressError: the source is missing, empty, of another encoding, or cannot be reached.
     """
     if not isinstance(dataset, str):
-        return _given(dataset)
+        return _given(dataset, column, chat)
     if dataset == "python-docs":
         from pydoc_data.topics import topics
 
-        held_out = split in ("test", "validation")  # every fourth topic is kept for evaluation
+        if split not in ("train", "test", "validation"):
+            raise CompressError(f"python-docs has the splits train, test and validation, got {split!r}")
+        held_out = split != "train"  # every fourth topic is kept for evaluation
         return Rows(topics[key] for number, key in enumerate(sorted(topics)) if (number % 4 == 3) == held_out)
     if (path := local_file(dataset)) is not None:
-        if path.suffix in _TEXT_SUFFIXES:
+        if path.suffix.lower() in _TEXT_SUFFIXES:
             return _not_empty(Rows([_read(path)]), dataset)
-        found = _json_lines(path) if path.suffix == ".jsonl" else _parquet(path)
+        found = _json_lines(path) if path.suffix.lower() == ".jsonl" else _parquet(path)
         return _texts(found, column, chat, dataset)
     name, known_config = HUB_NAMES.get(dataset, (dataset, None))
     if name in _STREAMED:
@@ -78,24 +80,30 @@ def local_file(dataset: str) -> Path | None:
     Raises:
         CompressError: it is not there.
     """
+    if not dataset.strip():
+        raise CompressError("the data set has no name; give a hub id, a file or python-docs")
     path = Path(dataset).expanduser()
-    if path.suffix not in _TEXT_SUFFIXES and path.suffix not in {".jsonl", ".parquet"}:
+    if path.suffix.lower() not in {*_TEXT_SUFFIXES, ".jsonl", ".parquet"}:
+        if path.is_file():
+            known = ", ".join(sorted({*_TEXT_SUFFIXES, ".jsonl", ".parquet"}))
+            raise CompressError(f"data file {dataset}: expected one that ends in {known}")
         return None
     if not path.is_file():
         raise CompressError(f"data file {dataset} does not exist")
     return path
 
 
-def _given(rows: Sequence[Row]) -> Rows:
+def _given(rows: Iterable[Row], column: str, chat: bool) -> Rows:
+    rows = list(rows)
     for number, row in enumerate(rows):
         if not isinstance(row, str | Mapping):
             raise CompressError(f"texts: expected strings, got {type(row).__name__} at position {number}")
-    return _not_empty(Rows(rows), "the list of texts")
+    return _texts(rows, column, chat, "the list of texts")
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise CompressError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
 
@@ -108,6 +116,9 @@ def _json_lines(path: Path) -> list[Mapping[str, Any]]:
             continue
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise CompressError(f"{path}: line {number} holds half of a surrogate pair") from error
         except (ValueError, RecursionError) as error:
             raise CompressError(f"{path}: line {number} is not valid JSON") from error
         if not isinstance(row, dict):
@@ -140,12 +151,12 @@ def _load_dataset(path: str, shown: str, **arguments: Any) -> Any:
         ) from error
 
 
-def _texts(rows: list[Mapping[str, Any]], column: str, chat: bool, shown: str, notes: tuple[str, ...] = ()) -> Rows:
+def _texts(rows: Sequence[Row], column: str, chat: bool, shown: str, notes: tuple[str, ...] = ()) -> Rows:
     kept: list[Row] = []
-    empty = 0
+    empty, nowhere = 0, not any(isinstance(row, Mapping) and column in row for row in rows)
     for number, row in enumerate(rows):
-        value = row.get(column)
-        if (chat and holds_chat(row)) or column not in row:
+        value = row if isinstance(row, str) else row.get(column)
+        if not isinstance(row, str) and (nowhere or (chat and holds_chat(row))):
             kept.append(row)
         elif value is None:
             empty += 1

@@ -13,6 +13,8 @@ def card(report: Report) -> str:
     totals = report.summary()
     methods = ", ".join(sorted({module.method for module in report.modules}))
     base = f"base_model: {report.model}\n" if _is_hub_id(report.model) else ""  # the hub rejects a card that names a path
+    origin, dataset = report.calibration.get("origin"), report.recipe.get("calibration", {}).get("dataset")
+    texts = "" if origin == dataset else f", with {origin} in place of its data set"
     trials = f", with the trials of {report.trials_from} in place of its own" if report.trials_from else ""
     return f"""---
 library_name: transformers
@@ -30,7 +32,7 @@ Compressed with [subspace-compress](https://pypi.org/project/subspace-compress/)
 The {len(report.modules)} compressed matrices take {megabytes(totals["packed_bytes"])} instead of
 {megabytes(totals["dense_bytes"])} in bf16 ({100 * totals["measured_ratio"]:.1f} % fewer bytes), the whole checkpoint
 {megabytes(report.checkpoint_bytes)} instead of {megabytes(report.dense_checkpoint_bytes)}.
-`recipe.yaml` repeats the run{trials}, `report.json` holds the figures of every matrix.
+`recipe.yaml` repeats the run{texts}{trials}, `report.json` holds the figures of every matrix.
 """
 
 

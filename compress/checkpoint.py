@@ -67,13 +67,24 @@ def assemble(
     if plan.cache:
         quantization["kv_cache"] = plan.cache
     config = {**source.config, "quantization_config": quantization, "transformers_weights": GUARD}
-    for path in source.side_files():
-        shutil.copyfile(path, output / path.name)
+    if not {"dtype", "torch_dtype"} & config.keys():
+        config["dtype"] = _stored_dtype(source)
+    source.copy_side_files(output)
     write_json(output / "config.json", config)
     write_json(output / REPORT, report.to_dict())
     write_whole(output / RECIPE, [recipe.to_yaml().encode()])
     write_whole(output / "README.md", [card(report).encode()])
     return report
+
+
+def _stored_dtype(source: Source) -> str:
+    """The dtype that most of a model is stored in: what `dtype="auto"` means where config.json does not say it."""
+    counts: dict[str, int] = {}
+    for tensor in source.tensors.values():
+        if tensor.dtype.is_floating_point:
+            name = str(tensor.dtype).removeprefix("torch.")
+            counts[name] = counts.get(name, 0) + tensor.num_bytes
+    return max(counts, key=counts.__getitem__)
 
 
 def write_shards(output: Path, tensors: dict[str, StoredTensor], max_shard_bytes: int) -> int:

@@ -101,7 +101,7 @@ def model_command(
         except OSError as error:
             raise CompressError(f"{_system_error(error)}; {_kept(output)}") from error
     out.print(report.table())
-    out.print(f"saved to {output}", highlight=False)
+    out.print(f"saved to {output}", highlight=False, markup=False)
 
 
 def _kept(output: Path) -> str:
@@ -257,7 +257,7 @@ def export(
 
     if format != "dense":
         raise CompressError(unknown("format", format, ["dense"]))
-    out.print(f"saved to {output}, {megabytes(export_dense(checkpoint, output))}", highlight=False)
+    out.print(f"saved to {output}, {megabytes(export_dense(checkpoint, output))}", highlight=False, markup=False)
 
 
 @recipes_app.command("list")

@@ -52,8 +52,7 @@ def export_dense(path: str | Path, output: str | Path, max_shard_bytes: int = 4 
         tensors = {name: tensor if _kept(skeleton, name) else _in_bf16(tensor) for name, tensor in tensors.items()}
         total = write_shards(staging / "whole", tensors, max_shard_bytes)
         write_json(staging / "whole" / "config.json", _dense_config(source, untied))
-        for file in source.side_files():
-            shutil.copyfile(file, staging / "whole" / file.name)
+        source.copy_side_files(staging / "whole")
         publish(staging / "whole", output)
         return total
     finally:

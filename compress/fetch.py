@@ -18,6 +18,7 @@ from compress.jsonfile import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TEMPLATES = "additional_chat_templates/*.jinja"
 _PATIENCE = 10.0  # seconds
 _ONE_AT_A_TIME = threading.RLock()
 _log = logging.getLogger(__name__)
@@ -67,9 +68,11 @@ def hub_or_cache() -> Iterator[None]:
 
 
 def _download(model: str) -> Path:
-    """The weights that transformers would load, and what lies beside them; nothing from folders or in other formats."""
+    """The weights that transformers would load, and what lies beside them; nothing in other formats, of folders only chat
+    templates."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
+        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
@@ -77,20 +80,26 @@ def _download(model: str) -> Path:
         RepositoryNotFoundError,
     )
 
-    def get(patterns: list[str]) -> Path:
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    def get(patterns: list[str], ignored: str) -> Path:
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=[ignored]))
 
     try:
         with hub_or_cache():
-            path = get(_SIDE_FILES)
+            path = get(_SIDE_FILES, "*/*")
             shards = sorted(set(weight_map(path).values())) if (path / INDEX).is_file() else []
-            return get([WEIGHTS, *shards] if shards else ["model*.safetensors"])
+            return get([*([WEIGHTS, *shards] if shards else ["model*.safetensors"]), TEMPLATES], "*/*.safetensors")
+    except GatedRepoError as error:  # is a RepositoryNotFoundError
+        raise CompressError(
+            f"{model} is gated: accept its licence at https://huggingface.co/{model}, then log in with `hf auth login`"
+        ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CompressError(f"{model} is neither a local path nor a model on the Hugging Face hub") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
         raise CompressError(
             f"{model} is not a local path, and the Hugging Face hub cannot be reached; give a directory or a .gguf file"
         ) from error
+    except HfHubHTTPError as error:  # a full disk and the like are OSErrors, too, and say what they are
+        raise CompressError(f"{model}: the Hugging Face hub refuses: {' '.join(str(error).split())[:200]}") from error
 
 
 def _rewrite_gguf(path: Path) -> Path:

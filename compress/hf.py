@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -63,9 +64,13 @@ class CompressHfQuantizer(HfQuantizer):
             prepare_skeleton(model, self.origin, read_headers(files), specs, cache)
         else:  # a state dict in memory
             install(model, specs, cache)
+        for part in _pretrained(model):
+            part._init_weights = _Initialise(part)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for part in _pretrained(model):
+            del part._init_weights  # the class's own shows again
         for layer in model.modules():
             if isinstance(layer, CompressedLinear):  # transformers has made parameters of them that are trained
                 layer.requires_grad_(False)
@@ -86,6 +91,26 @@ class CompressHfQuantizer(HfQuantizer):
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
+
+
+def _pretrained(model: nn.Module) -> list[PreTrainedModel]:
+    """The models inside a model, itself among them, which transformers initialises one by one."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+class _Initialise:
+    """`_init_weights` of one model while it is loaded. A few (Mamba 2, RecurrentGemma) set `child.weight` of linears, which
+    packed ones do not have; nothing is missing from a checkpoint that was checked, so such a module may be passed over."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.own = model._init_weights
+
+    def __call__(self, module: nn.Module) -> None:
+        try:
+            self.own(module)
+        except AttributeError:
+            if not any(isinstance(child, CompressedLinear) for child in module.children()):
+                raise
 
 
 class _Save:

@@ -16,6 +16,8 @@ from compress.complete import require_blocks
 from compress.errors import CompressError, readable_errors
 from compress.source import Source, open_source
 
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings")  # tables of learned positions, as models call them
+
 
 def require_compressible(source: Source) -> None:
     """Refuse what is not a plain causal language model."""
@@ -97,15 +99,33 @@ def inputs_of(model: nn.Module, name: str, module: nn.Linear) -> tuple[str, int]
 
 
 def head_width(model: nn.Module) -> int:
-    """Width of one attention head."""
+    """Width of one attention head; of the whole stream where there are none (Mamba)."""
     config = model.config.get_text_config(decoder=True)
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return getattr(config, "head_dim", None) or config.hidden_size // (getattr(config, "num_attention_heads", None) or 1)
 
 
 def kv_heads(model: nn.Module) -> int:
     """Key and value heads of a layer; a config without the word has one for every query head."""
     config = model.config.get_text_config(decoder=True)
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def require_fits(model: nn.Module, ids: Tensor, lower: str) -> None:
+    """Refuse token ids `[sequences, length]` that the model's tables do not have; `lower` says what to lower.
+
+    Raises:
+        CompressError: a length beyond learned positions, or a token beyond the embedding.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
+            places = module.num_embeddings - getattr(module, "offset", 0)
+            if ids.shape[1] > places:
+                raise CompressError(f"{type(model).__name__} has {places} positions, {ids.shape[1]} are asked for; {lower}")
+    known = model.get_input_embeddings().num_embeddings
+    if ids.numel() and int(ids.max()) >= known:
+        raise CompressError(
+            f"the tokenizer gives token {int(ids.max())}, {type(model).__name__} knows {known}: it is another model's"
+        )
 
 
 def output_head(model: nn.Module) -> str | None:

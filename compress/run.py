@@ -29,6 +29,7 @@ from compress.forecast import size_notes, states_bytes
 from compress.forms import open_jobs
 from compress.lineage import Lineage, model_identity
 from compress.memory import peak_memory_bytes
+from compress.model import require_fits
 from compress.passes import STATES, Passes
 from compress.plan import HEAD, planned_bytes
 from compress.prepare import Prepared, prepare
@@ -77,6 +78,8 @@ def run(
     started = time.perf_counter()
     progress = progress or Silent()
     output = Path(output).absolute()
+    if not output.name:
+        raise CompressError(f"{output} is no place for a checkpoint; give a new directory")
     staging = staging_of(output)
     recipe = recipe.model_copy(update={"model": name or str(model)})  # the recipe.yaml of the result repeats this run
     _require_new(output, recipe)
@@ -88,6 +91,7 @@ def run(
     for note in (*prepared.plan.notes, *size_notes(prepared.plan)):
         progress.note(note)
     tokens = _tokens(prepared, texts)
+    require_fits(prepared.model, tokens.ids, "lower calibration.length")
     for note in (f"calibrating on {tokens.count} tokens ({len(tokens.ids)} sequences) of {tokens.origin}", *tokens.notes):
         progress.note(note)
     _require_space(prepared, staging, passes=trials_from is None)
@@ -212,17 +216,18 @@ def _tokens(prepared: Prepared, texts: Sequence[str] | None) -> data.Tokens:
     except (ValueError, OSError, KeyError) as error:
         raise CompressError(f"{prepared.source.path} holds no usable tokenizer") from error
     source = options.dataset if texts is None else texts
+    rows = data.load_texts(
+        source, config=options.config, split=options.split, column=options.column, chat=options.chat_template
+    )
     return data.make_tokens(
-        data.load_texts(
-            source, config=options.config, split=options.split, column=options.column, chat=options.chat_template
-        ),
+        rows,
         tokenizer,
         samples=options.samples,
         length=options.length,
         seed=options.seed,
         layout=options.layout,
         chat_template=options.chat_template,
-        origin=options.dataset if texts is None else f"{len(texts)} given texts",
+        origin=options.dataset if texts is None else f"{len(rows)} given texts",
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.fetch import INDEX, WEIGHTS, fetch, weight_map
+from compress.fetch import INDEX, TEMPLATES, WEIGHTS, fetch, weight_map
 from compress.jsonfile import read_json
 from compress.tensorfile import StoredTensor, read_header
 
@@ -68,7 +69,14 @@ class Source:
             named = path.suffix in _COPIED_SUFFIXES or path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
             return path.is_file() and named and path.name not in _NOT_COPIED and not path.name.endswith(".index.json")
 
-        return [path for path in sorted(self.path.iterdir()) if copied(path)]
+        return [path for path in (*sorted(self.path.iterdir()), *sorted(self.path.glob(TEMPLATES))) if copied(path)]
+
+    def copy_side_files(self, output: Path) -> None:
+        """Copy them into a directory that is there."""
+        for path in self.side_files():
+            copy = output / path.relative_to(self.path)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def open_source(model: str | Path) -> Source:

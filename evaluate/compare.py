@@ -27,6 +27,7 @@ from compress.evaluate.speed import decoding_speed
 from compress.evaluate.tasks import TaskResult, run_tasks
 from compress.evaluate.text import make_windows
 from compress.layers import compressed_matrices
+from compress.model import require_fits
 from compress.report import Report, megabytes
 
 _FIGURES = {"perplexity": "perplexity", "kl": "KL divergence (nats)", "top1_agreement": "top-1 agreement"}
@@ -94,6 +95,7 @@ def compare(
             result[side]["checkpoint_bytes"] = size
     if dataset is not None:
         tokens = make_windows(dataset, tokenizer, length=length, limit=windows, split=split, config=config, column=column)
+        require_fits(model, tokens.ids, "lower --length")
         result["protocol"] |= {
             "dataset": tokens.origin, "config": config, "split": split, "column": column,
             "length": length, "windows": len(tokens.ids), "tokens": tokens.count, "notes": list(tokens.notes),

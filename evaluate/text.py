@@ -33,8 +33,8 @@ def make_windows(
     Raises:
         CompressError: a row without text, or a text that is shorter than one window.
     """
-    origin = dataset if isinstance(dataset, str) else f"{len(dataset)} given texts"
     rows = load_texts(dataset, config=config, split=split, column=column)
+    origin = dataset if isinstance(dataset, str) else f"{len(rows)} given texts"
     texts = require_texts(rows, origin, "give --column")
     ids = encode(tokenizer, "\n\n".join(texts), special=False)
     start = start_tokens(tokenizer)

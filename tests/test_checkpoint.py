@@ -19,10 +19,12 @@ import compress
 from compress.card import card
 from compress.checkpoint import read_report
 from compress.errors import CompressError
+from compress.export import export_dense
 from compress.prepare import prepare
 from compress.recipe import Recipe
+from compress.run import run
 from compress.source import open_source
-from helpers import save_tiny, tiny_recipe
+from helpers import save_tiny, tiny_model, tiny_recipe, tiny_tokenizer
 
 UP = "model.layers.1.mlp.up_proj"
 
@@ -255,6 +257,45 @@ def test_what_goes_along_with_the_weights(tmp_path: Path) -> None:
         write(name, "{}")(model)
     copied = {path.name for path in open_source(model).side_files()}
     assert along <= copied and not behind & copied
+    (model / "additional_chat_templates").mkdir()
+    write("additional_chat_templates/tool_use.jinja", "{{ messages }}")(model)
+    run(model, Recipe.from_dict({**tiny_recipe(), "weights": {"method": "rtn"}}), tmp_path / "out")
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    for made in (tmp_path / "out", tmp_path / "dense"):
+        assert (made / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_dtype_that_the_config_does_not_name_is_that_of_the_weights(tmp_path: Path) -> None:
+    """Not that of the first tensor, which may be a basis of the cache."""
+    model = tiny_model("llama").bfloat16()
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    edit_config(lambda config: config.pop("dtype"))(tmp_path / "model")
+    cache = {"method": "per_token", "basis": "hadamard"}
+    run(
+        tmp_path / "model",
+        Recipe.from_dict({**tiny_recipe(), "weights": {"method": "rtn"}, "kv_cache": cache}),
+        tmp_path / "out",
+    )
+    assert compress.load(tmp_path / "out").dtype == torch.bfloat16
+
+
+UNUSUAL = {
+    "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 32, "n_groups": 1, "expand": 2},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 64},
+}
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_models_that_initialise_the_weights_of_their_linears(family: str, tmp_path: Path) -> None:
+    """Mamba 2 and RecurrentGemma look for `.weight` of a packed layer while they are loaded."""
+    source = save_tiny(tmp_path / "model", family, **UNUSUAL[family])
+    run(source, Recipe.from_dict({**tiny_recipe(), "weights": {"method": "rtn", "bits": 8}}), tmp_path / "out")
+    ids, model = torch.arange(3, 40)[None], compress.load(tmp_path / "out")
+    with torch.inference_mode():
+        want, got = AutoModelForCausalLM.from_pretrained(source)(ids).logits, model(ids).logits
+    assert torch.linalg.norm(got - want) < 0.1 * torch.linalg.norm(want)
+    assert "_init_weights" not in vars(model)
 
 
 @pytest.mark.parametrize("name, base", [("org/model-1.5B", True), ("gpt2", True), ("/tmp/x/model", False), ("a b", False)])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -15,6 +17,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from huggingface_hub import constants, is_offline_mode
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM
 
@@ -111,6 +114,32 @@ def test_the_index_names_the_shards(hub: Path) -> None:
     (hub / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     names = {file.name for file in fetch("org/model").rglob("*.safetensors")}
     assert names == {"part-1.safetensors", "part-2.safetensors"}
+
+
+REFUSALS = {
+    GatedRepoError: "org/model is gated: accept its licence at https://huggingface.co/org/model, then log in",
+    RepositoryNotFoundError: "neither a local path nor a model on the Hugging Face hub",
+    HfHubHTTPError: "org/model: the Hugging Face hub refuses: said so",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_what_the_hub_refuses_is_told_apart(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise kind("said so", response=SimpleNamespace(status_code=403, headers={}, request=None, url="x"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(CompressError, match=REFUSALS[kind]):
+        fetch("org/model")
+
+
+def test_a_full_disk_is_no_missing_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: Any, **__: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device", "blob")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fill)
+    with pytest.raises(OSError, match="No space left"):
+        fetch("org/model")
 
 
 def write_gguf(path: Path, *, without: str = "") -> torch.nn.Module:

@@ -90,9 +90,10 @@ def test_fused_projections_have_no_heads_to_fold(tmp_path: Path) -> None:
     assert torch.isfinite(logits(compress.load(tmp_path / "out"))).all()
 
 
-def test_quarot_online(tmp_path: Path) -> None:
-    path = save_tiny(tmp_path / "model", "gemma3_text")
-    recipe = {"method": "quarot", "online": True, "bits": 8}
+@pytest.mark.parametrize(("family", "heads"), [("gemma3_text", "hadamard"), ("phi3", "none")])
+def test_quarot_online(family: str, heads: str, tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "model", family)
+    recipe = {"method": "quarot", "online": True, "bits": 8, "heads_basis": heads}
     run(path, Recipe.from_dict({**tiny_recipe(), "weights": recipe}), tmp_path / "out")
     want = logits(AutoModelForCausalLM.from_pretrained(path))
     assert (logits(compress.load(tmp_path / "out")) - want).norm() < 0.05 * want.norm()

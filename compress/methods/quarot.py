@@ -8,6 +8,8 @@ Cost: that of GPTQ; the bases need no statistics.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 from torch import Tensor
 
@@ -24,12 +26,13 @@ class Config(GptqConfig):
         False,
         description="transform the stream at every linear instead of folding it; for Gemma, Phi-3",
     )
+    heads_basis: Literal["hadamard", "none"] = Field("hadamard", description="of the values; none for Phi-3")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="the random signs")
 
 
 def rotation(config: Config, hidden_size: int, head_dim: int) -> Wanted:
     """What `compress.bases` is asked to fold."""
-    return Wanted(stream="none" if config.online else "hadamard", heads="hadamard", seed=config.seed)
+    return Wanted(stream="none" if config.online else "hadamard", heads=config.heads_basis, seed=config.seed)
 
 
 def plan(site: Site, config: Config) -> Spec:

@@ -10,9 +10,16 @@ from compress.errors import CompressError
 from compress.model import decoder_blocks
 from helpers import FAMILIES, tiny_model
 
+OTHERS = {
+    "opt": {"word_embed_proj_dim": 32, "num_key_value_heads": None},  # embeddings narrower than the hidden states
+    "bamba": {  # blocks that return two values
+        "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8,
+    },
+}  # fmt: skip
+
 
 def runner_for(family: str, padded: bool) -> BlockRunner:
-    model = tiny_model(family)
+    model = tiny_model(family, **OTHERS.get(family, {}))
     ids = torch.randint(3, 256, (4, 24))
     mask = torch.ones(4, 24, dtype=torch.bool)
     if padded:
@@ -23,11 +30,13 @@ def runner_for(family: str, padded: bool) -> BlockRunner:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_blocks_reproduce_the_model(family: str, padded: bool) -> None:
     runner = runner_for(family, padded)
     expected = []
-    handle = runner.blocks[-1].register_forward_hook(lambda m, a, out: expected.append(out))
+    handle = runner.blocks[-1].register_forward_hook(
+        lambda m, a, out: expected.append(out[0] if isinstance(out, tuple) else out)
+    )
     with torch.inference_mode():
         for ids, mask in runner.batches:
             runner.model(ids, attention_mask=None if mask is None else mask.long(), use_cache=False)

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from compress.calibrate.data import chat_messages, load_texts, make_tokens, start_tokens
 from compress.errors import CompressError
 from compress.evaluate.text import make_windows
-from helpers import tiny_tokenizer
+from compress.model import require_fits
+from helpers import tiny_model, tiny_tokenizer
 
 CHAT = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
@@ -63,7 +64,14 @@ def test_documents_are_padded_and_masked() -> None:
 def test_local_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello")
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": word}) for word in ("x", "y")))
-    assert load_texts(str(tmp_path / "a.txt")) == ["hello"]
+    (tmp_path / "A.TXT").write_bytes(b"\xef\xbb\xbfhello")  # as Windows writes it
+    assert load_texts(str(tmp_path / "a.txt")) == load_texts(str(tmp_path / "A.TXT")) == ["hello"]
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\r\n{"id": 3}\r\n')
+    found = load_texts(str(tmp_path / "b.jsonl"))
+    assert found == ["x"] and "1 of 2 rows" in found.notes[0]
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(CompressError, match=r"a.json: expected one that ends in .*\.jsonl"):
+        load_texts(str(tmp_path / "a.json"))
     assert load_texts(str(tmp_path / "a.jsonl"), column="body") == ["x", "y"]
     with pytest.raises(CompressError, match=r"columns are body.*calibration\.column"):
         make_tokens(load_texts(str(tmp_path / "a.jsonl")), tiny_tokenizer(), samples=1, length=2)
@@ -161,6 +169,7 @@ FILES = {
     "latin.jsonl": ('{"text": "\xe9"}'.encode("latin1"), "not UTF-8"),
     "latin.txt": ("caf\xe9".encode("latin1"), r"not UTF-8 text \(byte 3\)"),
     "broken.parquet": (b"PAR1", "cannot be read"),
+    "half.jsonl": (rb'{"text": "\ud83d"}', "line 1 holds half of a surrogate pair"),
 }
 
 
@@ -173,7 +182,17 @@ def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_sources_that_name_nothing_are_refused() -> None:
+    with pytest.raises(CompressError, match="the data set has no name"):
+        load_texts("")
+    with pytest.raises(CompressError, match="python-docs has the splits train, test and validation, got 'tset'"):
+        load_texts("python-docs", split="tset")
+    with pytest.raises(CompressError, match="2 documents drawn from texts hold no tokens"):
+        make_tokens(["a", "b"], lambda *_, **__: {"input_ids": []}, samples=2, length=4, layout="documents")
+
+
 def test_lists_hold_strings() -> None:
+    assert load_texts(text for text in ("a", "b")) == load_texts([{"text": "a"}, {"text": "b"}]) == ["a", "b"]
     with pytest.raises(CompressError, match="got int at position 1"):
         load_texts(["a", 3])
 
@@ -194,3 +213,13 @@ def test_a_template_that_refuses_a_row_is_one_line(kind: str) -> None:
 def test_messages_have_a_role_and_a_content() -> None:
     with pytest.raises(CompressError, match=r"row 1: expected messages to be a list of \{role, content\}"):
         make_tokens(["a", {"messages": [{"from": "x"}]}], with_bos(), samples=1, length=4, chat_template=True)
+
+
+@pytest.mark.parametrize(
+    ("length", "token", "message"), [(65, 9, "has 64 positions, 65 are asked for; lower it"), (8, 300, "300")]
+)
+def test_tokens_that_a_model_has_no_room_for(length: int, token: int, message: str) -> None:
+    model = tiny_model("gpt2", max_position_embeddings=64)
+    require_fits(model, torch.full((1, 64), 255), "lower it")
+    with pytest.raises(CompressError, match=message):
+        require_fits(model, torch.full((1, length), token), "lower it")
