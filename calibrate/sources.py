@@ -68,10 +68,10 @@ def load_texts(
         return _texts(found, column, chat, dataset)
     name, known_config = HUB_NAMES.get(dataset, (dataset, None))
     if name in _STREAMED:
-        found = list(_load_dataset(name, dataset, name=config or known_config, split=split, streaming=True).take(rows))
+        found = _load_dataset(name, dataset, rows, name=config or known_config, split=split, streaming=True)
         notes = (f"only the first {rows} rows of {dataset} were read",) if len(found) == rows else ()
         return _texts(found, column, chat, dataset, notes)
-    return _texts(list(_load_dataset(name, dataset, name=config or known_config, split=split)), column, chat, dataset)
+    return _texts(_load_dataset(name, dataset, name=config or known_config, split=split), column, chat, dataset)
 
 
 def local_file(dataset: str) -> Path | None:
@@ -137,13 +137,14 @@ def _parquet(path: Path) -> list[Mapping[str, Any]]:
         raise CompressError(f"{path} cannot be read: {' '.join(str(error).split())[:160]}") from error
 
 
-def _load_dataset(path: str, shown: str, **arguments: Any) -> Any:
+def _load_dataset(path: str, shown: str, first: int | None = None, **arguments: Any) -> list[Mapping[str, Any]]:
     import datasets
 
     datasets.disable_progress_bars()
     try:
         with hub_or_cache():
-            return datasets.load_dataset(path, **arguments)
+            found = datasets.load_dataset(path, **arguments)
+            return list(found if first is None else found.take(first))  # a stream comes while it is read
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise CompressError(
             f"cannot load data set {shown!r}: {' '.join(str(error).split())[:160]}; without a network use python-docs or a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,14 @@ def test_a_streamed_source_says_where_it_stopped(monkeypatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
     assert load_texts("c4", rows=5).notes == ("only the first 5 rows of c4 were read",)
     assert load_texts("c4", rows=10).notes == ()
+
+    def broken() -> Iterator[dict[str, str]]:
+        yield {"text": "abc"}
+        raise ConnectionError("reset by peer")
+
+    stream = datasets.IterableDataset.from_generator(broken)
+    with pytest.raises(CompressError, match=r"cannot load data set 'c4': .*reset by peer; without a network"):
+        load_texts("c4", rows=5)
 
 
 FILES = {
