@@ -281,7 +281,7 @@ class BlockRunner:
         return hidden if self.behind is None else (hidden, *(None,) * self.behind)
 
     def _stand_in(self, hidden: Tensor) -> dict[str, Tensor]:
-        """Inputs of the model, of which it only needs the shape; few are narrower than hidden states (OPT-350M)."""
+        """Inputs of the model, of which it only needs the shape; few are of another width than hidden states (OPT-350M)."""
         width = self.model.get_input_embeddings().weight.shape[-1]
         fits = hidden.shape[-1] == width
         return {"inputs_embeds": hidden.detach() if fits else hidden.new_zeros(*hidden.shape[:-1], width)}

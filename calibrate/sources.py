@@ -36,7 +36,7 @@ class Rows(list):
 
 
 def load_texts(
-    dataset: str | Sequence[Row],
+    dataset: str | Iterable[Row],
     *,
     config: str | None = None,
     split: str = "train",
@@ -44,7 +44,7 @@ def load_texts(
     chat: bool = False,
     rows: int = 20000,
 ) -> Rows:
-    """Rows of a source: strings where there is text, the whole row where the column is missing.
+    """Rows of a source: strings where there is text, the whole row where no row has the column.
 
     Args:
         chat: keep the whole row where it holds a chat (columns messages, or instruction and output), even beside a text.
@@ -84,7 +84,7 @@ def local_file(dataset: str) -> Path | None:
         raise CompressError("the data set has no name; give a hub id, a file or python-docs")
     path = Path(dataset).expanduser()
     if path.suffix.lower() not in {*_TEXT_SUFFIXES, ".jsonl", ".parquet"}:
-        if path.is_file():
+        if path.suffix and path.is_file():
             known = ", ".join(sorted({*_TEXT_SUFFIXES, ".jsonl", ".parquet"}))
             raise CompressError(f"data file {dataset}: expected one that ends in {known}")
         return None
@@ -166,7 +166,7 @@ def _texts(rows: Sequence[Row], column: str, chat: bool, shown: str, notes: tupl
         else:
             raise CompressError(f"{shown}, row {number}: expected text in {column!r}, got {type(value).__name__}")
     if empty:
-        notes = (*notes, f"{empty} of {len(rows)} rows of {shown} have no {column} (null) and were left out")
+        notes = (*notes, f"{empty} of {len(rows)} rows of {shown} have no {column} and were left out")
     return _not_empty(Rows(kept, notes), f"column {column!r} of {shown}" if empty else shown)
 
 

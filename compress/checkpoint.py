@@ -67,7 +67,7 @@ def assemble(
     if plan.cache:
         quantization["kv_cache"] = plan.cache
     config = {**source.config, "quantization_config": quantization, "transformers_weights": GUARD}
-    if not {"dtype", "torch_dtype"} & config.keys():
+    if not (config.get("dtype") or config.get("torch_dtype")):  # transformers would go by the first tensor, a basis perhaps
         config["dtype"] = _stored_dtype(source)
     source.copy_side_files(output)
     write_json(output / "config.json", config)
@@ -78,7 +78,7 @@ def assemble(
 
 
 def _stored_dtype(source: Source) -> str:
-    """The dtype that most of a model is stored in: what `dtype="auto"` means where config.json does not say it."""
+    """The dtype that most bytes of a model are stored in, for a config.json that names none."""
     counts: dict[str, int] = {}
     for tensor in source.tensors.values():
         if tensor.dtype.is_floating_point:

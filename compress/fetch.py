@@ -95,11 +95,17 @@ def _download(model: str) -> Path:
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CompressError(f"{model} is neither a local path nor a model on the Hugging Face hub") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
+        if isinstance(error.__cause__, HfHubHTTPError):  # it answered, and nothing is cached
+            raise CompressError(_refused(model, error.__cause__)) from error
         raise CompressError(
             f"{model} is not a local path, and the Hugging Face hub cannot be reached; give a directory or a .gguf file"
         ) from error
     except HfHubHTTPError as error:  # a full disk and the like are OSErrors, too, and say what they are
-        raise CompressError(f"{model}: the Hugging Face hub refuses: {' '.join(str(error).split())[:200]}") from error
+        raise CompressError(_refused(model, error)) from error
+
+
+def _refused(model: str, error: Exception) -> str:
+    return f"{model}: the Hugging Face hub refuses: {' '.join(str(error).split())[:200]}"
 
 
 def _rewrite_gguf(path: Path) -> Path:

@@ -108,8 +108,8 @@ class _Initialise:
     def __call__(self, module: nn.Module) -> None:
         try:
             self.own(module)
-        except AttributeError:
-            if not any(isinstance(child, CompressedLinear) for child in module.children()):
+        except AttributeError as error:
+            if not isinstance(error.obj, CompressedLinear):
                 raise
 
 

@@ -16,7 +16,8 @@ from compress.complete import require_blocks
 from compress.errors import CompressError, readable_errors
 from compress.source import Source, open_source
 
-_POSITIONS = ("wpe", "embed_positions", "position_embeddings")  # tables of learned positions, as models call them
+# tables of learned positions, as models call them
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
 
 
 def require_compressible(source: Source) -> None:
@@ -121,7 +122,7 @@ def require_fits(model: nn.Module, ids: Tensor, lower: str) -> None:
             places = module.num_embeddings - getattr(module, "offset", 0)
             if ids.shape[1] > places:
                 raise CompressError(f"{type(model).__name__} has {places} positions, {ids.shape[1]} are asked for; {lower}")
-    known = model.get_input_embeddings().num_embeddings
+    known = len(model.get_input_embeddings().weight)
     if ids.numel() and int(ids.max()) >= known:
         raise CompressError(
             f"the tokenizer gives token {int(ids.max())}, {type(model).__name__} knows {known}: it is another model's"

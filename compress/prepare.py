@@ -109,14 +109,21 @@ def _tied_once(source: Source, skeleton: nn.Module) -> tuple[Source, tuple[str, 
     for copy, tied in skeleton.all_tied_weights_keys.items():
         if not {copy, tied} <= kept.keys():
             continue
-        if not torch.equal(kept[copy].read(), kept[tied].read()):
+        if not _same(kept[copy], kept[tied]):
             raise CompressError(
                 f"{source.path}: config.json ties {copy} to {tied}, the files hold other numbers for it; "
-                "set tie_word_embeddings there to false"
+                "set tie_word_embeddings to false in a copy of the model"
             )
         del kept[copy]
         notes.append(f"left out: {copy}, a copy of {tied}")
     return replace(source, tensors=kept), tuple(notes)
+
+
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors hold the same numbers, a chunk at a time where they are stored alike."""
+    if (one.code, one.shape) == (other.code, other.shape):
+        return all(mine == its for mine, its in zip(one.chunks(), other.chunks(), strict=True))
+    return torch.equal(one.read(), other.read())
 
 
 def choose_device(device: str) -> torch.device:

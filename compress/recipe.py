@@ -262,7 +262,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        hint = f'; quote it: {path}="{text}"' if text[:1] in "*&!%@" else ""
+        hint = f"""; quote it: --set '{path}="{text}"'""" if text[:1] in "*&!%@" else ""
         raise CompressError(f"--set {override}: the value is not valid YAML{hint}") from error
     *parents, last = path.split(".")
     node: Any = data

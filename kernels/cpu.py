@@ -14,6 +14,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -82,9 +83,9 @@ def _folder(file: str) -> Path:
             return folder
     folder = Path(tempfile.gettempdir()) / f"subspace-compress-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:  # others could put a library of theirs there
-        raise PermissionError(f"{folder} can be written by others")
+    found = folder.lstat()  # a link could be pointed elsewhere later
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{folder} can be written by others, who could put a library of theirs there")
     return folder
 
 

@@ -1,5 +1,5 @@
-"""What an op gives back: never a view, because torch forbids changing the view that a custom op returns, and models add in
-place (Falcon its residuals)."""
+"""What a product gives back: never a view, because torch forbids changing the view that a custom op returns, and Falcon adds
+its residuals in place."""
 
 from __future__ import annotations
 

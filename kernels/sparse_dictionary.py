@@ -62,7 +62,8 @@ def stored_codes(
         return expand_codes(values, mask, units + learned)
     codes = unpack_signed(values, bits, nonzeros).float()
     widths = [min(group or part, part - at) for part in (units, learned) for at in range(0, part, group or part or 1)]
-    per_atom = scale.float().repeat_interleave(torch.tensor(widths, device=scale.device), dim=1)
+    widths_G = torch.tensor(widths, device=scale.device)
+    per_atom = scale.float().repeat_interleave(widths_G, dim=1, output_size=units + learned)  # a compiler must know it
     return expand_codes(codes, mask, units + learned) * per_atom
 
 

@@ -265,12 +265,13 @@ def test_what_goes_along_with_the_weights(tmp_path: Path) -> None:
         assert (made / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
 
 
-def test_a_dtype_that_the_config_does_not_name_is_that_of_the_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [lambda config: config.pop("dtype"), lambda config: config.update(dtype=None)])
+def test_a_dtype_that_the_config_does_not_name_is_that_of_the_weights(change: Callable, tmp_path: Path) -> None:
     """Not that of the first tensor, which may be a basis of the cache."""
     model = tiny_model("llama").bfloat16()
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    edit_config(lambda config: config.pop("dtype"))(tmp_path / "model")
+    edit_config(change)(tmp_path / "model")
     cache = {"method": "per_token", "basis": "hadamard"}
     run(
         tmp_path / "model",
@@ -295,7 +296,7 @@ def test_models_that_initialise_the_weights_of_their_linears(family: str, tmp_pa
     with torch.inference_mode():
         want, got = AutoModelForCausalLM.from_pretrained(source)(ids).logits, model(ids).logits
     assert torch.linalg.norm(got - want) < 0.1 * torch.linalg.norm(want)
-    assert "_init_weights" not in vars(model)
+    assert not any("_init_weights" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("name, base", [("org/model-1.5B", True), ("gpt2", True), ("/tmp/x/model", False), ("a b", False)])
@@ -303,6 +304,9 @@ def test_only_a_hub_id_is_a_base_model(name: str, base: bool, tiny_compressed: P
     report = replace(read_report(tiny_compressed), model=name)
     assert (f"base_model: {name}\n" in card(report)) == base and ("base_model" in card(report)) == base
     assert "base_model" not in (tiny_compressed / "README.md").read_text()
+    assert "`recipe.yaml` repeats the run, `report" in card(report)
+    given = card(replace(report, calibration={**report.calibration, "origin": "3 given texts"}))
+    assert "repeats the run, with 3 given texts in place of its data set, `report" in given
 
 
 def test_a_local_directory_is_no_hub_id(tiny_compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

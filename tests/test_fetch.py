@@ -17,7 +17,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from huggingface_hub import constants, is_offline_mode
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM
 
@@ -130,6 +130,18 @@ def test_what_the_hub_refuses_is_told_apart(kind: type, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CompressError, match=REFUSALS[kind]):
+        fetch("org/model")
+
+
+def test_a_refusal_without_a_cached_copy_is_no_missing_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`snapshot_download` turns what the hub answers into an entry that was not found here."""
+
+    def refuse(*_: Any, **__: Any) -> str:
+        answer = HfHubHTTPError("429 said so", response=SimpleNamespace(status_code=429, headers={}, request=None, url="x"))
+        raise LocalEntryNotFoundError("not cached") from answer
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(CompressError, match="org/model: the Hugging Face hub refuses: 429 said so"):
         fetch("org/model")
 
 

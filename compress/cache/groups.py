@@ -252,9 +252,8 @@ class GroupStore:
         step = max(1, _SLICE // size)
         for first in range(0, codes.shape[2], step):
             groups, part = slice(first, first + step), out[:, :, first * size : (first + step) * size]
-            keys = torch.empty(
-                part.shape, dtype=torch.float32, device=part.device
-            )  # the wave is added before they are rounded
+            # in fp32: the wave is added before they are rounded
+            keys = torch.empty(part.shape, dtype=torch.float32, device=part.device)
             expand_groups(codes[:, :, groups], affine[:, :, groups], bits, width, keys, units, centre)
             part.copy_(keys + self._wave(self.config.sink_tokens + first * size, part.shape[2]))
 

@@ -15,7 +15,7 @@ import compress
 from cache_helpers import greedy, prompt, same, states
 from compress.cache import KVCache, kivi, query_moments, read_config, squat
 from compress.cache.compensation import corrections, visiting_order
-from compress.cache.from_weights import weight_moments
+from compress.cache.from_weights import _affine, weight_moments
 from compress.errors import CompressError
 from compress.kernels.affine_groups import expand_groups
 from compress.kernels.group_packing import pack_groups
@@ -560,6 +560,16 @@ def test_what_reading_needs_must_be_there_again(tmp_path: Any) -> None:
     empty = KVCache(model, "kivi")
     empty.batch_repeat_interleave(2)
     assert empty.get_seq_length() == 0
+
+
+def test_gain_and_offset_of_a_norm() -> None:
+    layer_norm, rms_norm = torch.nn.LayerNorm(8), tiny_model("gemma2").model.norm
+    for tensor in layer_norm.parameters():
+        torch.nn.init.normal_(tensor)
+    gain, offset = _affine(layer_norm)
+    assert torch.allclose(gain, layer_norm.weight.double(), atol=1e-4) and torch.equal(offset, layer_norm.bias.double())
+    gain, offset = _affine(rms_norm)
+    assert torch.allclose(gain, 1 + rms_norm.weight.double(), atol=1e-4) and not offset.any()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "stablelm"])

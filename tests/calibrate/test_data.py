@@ -142,7 +142,7 @@ def test_a_chat_is_used_even_beside_a_text(tmp_path: Path) -> None:
 
 def test_rows_without_text_are_counted(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", {"text": "a" * 30}, {"text": None}, {"text": "b"})
-    note = f"1 of 3 rows of {file} have no text (null) and were left out"
+    note = f"1 of 3 rows of {file} have no text and were left out"
     assert make_tokens(load_texts(file), tiny_tokenizer(), samples=1, length=33).notes == (note,)
     assert make_windows(file, tiny_tokenizer(), length=33).notes == (note,)
     with pytest.raises(CompressError, match=r"column 'text' of .*null\.jsonl holds no text"):

@@ -313,6 +313,10 @@ def test_without_a_home_they_are_built_elsewhere(tmp_path: Path, monkeypatch: py
     folder.chmod(0o777)
     with pytest.raises(PermissionError, match="written by others"):
         cpu._folder("kernels.so")
+    folder.rename(tmp_path / "mine").chmod(0o700)
+    folder.symlink_to(tmp_path / "mine")
+    with pytest.raises(PermissionError, match="written by others"):
+        cpu._folder("kernels.so")
 
 
 def test_a_library_that_is_cut_off_is_built_again(tmp_path: Path) -> None:
