@@ -23,6 +23,7 @@ HUB_NAMES = {  # short name: (hub id, configuration)
 }
 _STREAMED = {"allenai/c4"}  # far larger than anybody calibrates on
 _TEXT_SUFFIXES = {".txt", ".raw", ".md"}
+_SUFFIXES = _TEXT_SUFFIXES | {".jsonl", ".parquet"}
 
 Row = str | Mapping[str, Any]
 
@@ -83,10 +84,9 @@ def local_file(dataset: str) -> Path | None:
     if not dataset.strip():
         raise CompressError("the data set has no name; give a hub id, a file or python-docs")
     path = Path(dataset).expanduser()
-    if path.suffix.lower() not in {*_TEXT_SUFFIXES, ".jsonl", ".parquet"}:
+    if path.suffix.lower() not in _SUFFIXES:
         if path.suffix and path.is_file():
-            known = ", ".join(sorted({*_TEXT_SUFFIXES, ".jsonl", ".parquet"}))
-            raise CompressError(f"data file {dataset}: expected one that ends in {known}")
+            raise CompressError(f"data file {dataset}: expected one that ends in {', '.join(sorted(_SUFFIXES))}")
         return None
     if not path.is_file():
         raise CompressError(f"data file {dataset} does not exist")
@@ -116,7 +116,8 @@ def _json_lines(path: Path) -> list[Mapping[str, Any]]:
             continue
         try:
             row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()
+            if "\\u" in line:  # only an escape can spell half a pair
+                json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise CompressError(f"{path}: line {number} holds half of a surrogate pair") from error
         except (ValueError, RecursionError) as error:
