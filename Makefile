@@ -1,4 +1,4 @@
-# make demo | test | check | kernels | bench: each is enough on a fresh machine with Python 3.10+ and pip.
+# make demo | test | check | kernels | bench: each is enough on a fresh machine with Python 3.11+ and pip.
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2

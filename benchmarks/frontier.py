@@ -24,8 +24,8 @@ def read(files: list[Path]) -> dict[str, dict[str, Any]]:
     for file in files:
         result = json.loads(file.read_text())
         of = result.get("compressed", {})
-        if "bits" not in of:
-            continue  # a dense model
+        if "bits" not in of or "quality" not in of:
+            continue  # a dense model, or tasks alone
         entry = models.setdefault(Path(result["model"]).name, {"texts": {}})
         entry.update(bits=of["bits"]["bits_per_weight"], bytes=of["checkpoint_bytes"])
         entry["texts"][Path(result["protocol"]["dataset"]).name] = of["quality"]
@@ -41,11 +41,17 @@ def table(models: dict[str, dict[str, Any]]) -> str:
         for text, quality in sorted(model["texts"].items()):
             for what, digits in (("perplexity", (2, 1)), ("kl", (4, 4))):
                 if what in quality:
-                    value = f"{quality[what]:.{digits[0]}f} ± {quality[f'{what}_stderr']:.{digits[1]}f}"
+                    value = shown(quality[what], digits[0])
+                    if (error := quality[f"{what}_stderr"]) is not None:  # there is none of a single window
+                        value += f" ± {error:.{digits[1]}f}"
                     columns.setdefault(f"{what}, {text}", {})[name] = value
     rows = [["model", *columns], ["---"] * (len(columns) + 1)]
     rows += [[name, *(column.get(name, "") for column in columns.values())] for name in models]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def shown(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
 
 
 def draw(models: dict[str, dict[str, Any]], series: dict[str, list[str]], file: Path) -> None:
@@ -60,7 +66,7 @@ def draw(models: dict[str, dict[str, Any]], series: dict[str, list[str]], file: 
             (model["bits"], quality["kl"])
             for folder, model in models.items()
             for quality in model["texts"].values()
-            if "kl" in quality and any(fnmatch(folder, pattern) for pattern in patterns)
+            if quality.get("kl") is not None and any(fnmatch(folder, pattern) for pattern in patterns)
         ]
         axis.plot(*zip(*points, strict=True), marker=mark, label=name)
     axis.set(yscale="log", xlabel="bits per weight, all included", ylabel="KL from the original (nats per token)")

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from compress.blockwise import Progress
+from compress.cache import packed_layers
 from compress.cache.attached import CACHE_MODULE, SIDES
 from compress.calibrate import data
 from compress.errors import CompressError
@@ -192,12 +192,10 @@ def cache_bases(prepared: Prepared, moments: Moments | None, *, folded: bool) ->
 
 def cache_metrics(prepared: Prepared, moments: Moments) -> dict[str, Tensor]:
     """`metrics.<block>` `[H, D, D]`, the moments of the queries of every layer that is packed, mean diagonal 1."""
-    layer_types, _ = get_layer_types_and_kwargs(prepared.model.config.get_text_config(decoder=True))
     metrics = {}
-    for index, kind in enumerate(layer_types):
-        if kind == "full_attention":
-            moment = moments.queries[index]
-            metrics[f"metrics.{index}"] = moment / moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(1e-30)
+    for index in packed_layers(prepared.model.config.get_text_config(decoder=True)):
+        moment = moments.queries[index]
+        metrics[f"metrics.{index}"] = moment / moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(1e-30)
     return metrics
 
 

@@ -6,6 +6,7 @@ overrides any of its keys. Commands import what they need when they run: torch a
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -142,6 +143,7 @@ def evaluate(
     """Perplexity, KL divergence, top-1 agreement and lm-eval tasks, original beside compressed."""
     load_libraries()
     from compress.cache.attached import attach
+    from compress.calibrate import data as texts
     from compress.evaluate import compare as comparison
     from compress.evaluate.tasks import check_tasks
     from compress.model import load_for_evaluation
@@ -152,6 +154,11 @@ def evaluate(
     names = [task.strip() for task in tasks.split(",") if task.strip()]
     if dataset == "none" and not names:
         raise CompressError("nothing to measure: give --tasks, or a --dataset")
+    of_tasks = {"--data": data, "--limit": limit, "--shots": shots}
+    if not names and any(value is not None for value in of_tasks.values()):
+        given = next(option for option, value in of_tasks.items() if value is not None)
+        raise CompressError(f"{given} is an option of tasks: give --tasks, for example --tasks piqa")
+    texts.local_file(dataset)  # before models are loaded for nothing
     _require_writable(output)
     if names:
         names = check_tasks(names, data, shots)
@@ -185,9 +192,11 @@ def evaluate(
             progress=progress.count,
         )
     result.update(model=model, against=against)
-    out.print(comparison.table(result))
-    if output:
-        output.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    try:
+        if output:  # first: the screen may be a pipe that nobody reads any more
+            output.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    finally:
+        out.print(comparison.table(result))
 
 
 def _cache_options(text: str | None) -> tuple[str, dict] | None:
@@ -293,6 +302,9 @@ def recipes_check(
 def main() -> None:
     """Every expected failure is one line and exit code 2."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a sign must not cost the figures
     try:
         status = app(standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):

@@ -62,6 +62,26 @@ def require_filled(model: nn.Module, tensors: Mapping[str, StoredTensor], path: 
     return sorted(report.unexpected_keys)
 
 
+def by_model_names(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors by the names that the model has for them, where transformers only renames what files hold.
+
+    What it builds from several tensors keeps its names, and so does what it would rename once more when it is read again.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    mapping, state = get_model_conversion_mapping(model), model.state_dict()
+    converters = [change for change in mapping if isinstance(change, WeightConverter)]
+    renamings = [change for change in mapping if not isinstance(change, WeightConverter)]
+
+    def renamed(name: str) -> str:
+        new, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        return name if converter else new
+
+    names = {name: renamed(name) for name in tensors}
+    return {new if renamed(new) == new else name: tensors[name] for name, new in names.items()}
+
+
 def require_exact(model: nn.Module, tensors: Mapping[str, StoredTensor], path: Path) -> None:
     """As `require_filled`, and nothing may be left over: an entry that config.json has lost would show only there."""
     unexpected = require_filled(model, tensors, path)

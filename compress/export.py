@@ -17,7 +17,7 @@ from compress.jsonfile import write_json
 from compress.layers import Spec, build, dense_bytes
 from compress.model import build_skeleton, read_config
 from compress.source import Source, open_source
-from compress.staging import is_vacant, publish
+from compress.staging import clear, is_vacant, locked, publish
 from compress.tensorfile import CastTensor, StoredTensor, read_header, write_file
 from compress.verify import module_specs, prepare_skeleton
 
@@ -32,8 +32,7 @@ def export_dense(path: str | Path, output: str | Path, max_shard_bytes: int = 4 
         CompressError: not a compressed checkpoint, incomplete or damaged, or no place for the output.
     """
     source, output = open_source(path), Path(output).absolute()
-    if not is_vacant(output):
-        raise CompressError(f"{output} already exists; choose another -o or remove it")
+    _require_vacant(output)
     if not output.parent.is_dir():
         raise CompressError(f"{output.parent} does not exist; make it first")
     specs, tensors = module_specs(source.config), dict(source.tensors)
@@ -44,8 +43,9 @@ def export_dense(path: str | Path, output: str | Path, max_shard_bytes: int = 4 
         del tensors[name]  # a way to keep keys and values, not a part of the function
     _require_space(tensors, specs, output.parent)
     staging = output.with_name(f".{output.name}.export")  # `compress model -o` keeps its unfinished runs in .NAME.partial
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
+    with locked(staging):  # of which nothing stays, whatever happens
+        clear(staging)  # of an export that was killed
+        _require_vacant(output)  # another process may have finished it since
         (staging / "matrices").mkdir(parents=True)
         (staging / "whole").mkdir()
         untied = _multiply_out(specs, tensors, staging / "matrices")
@@ -55,8 +55,11 @@ def export_dense(path: str | Path, output: str | Path, max_shard_bytes: int = 4 
         source.copy_side_files(staging / "whole")
         publish(staging / "whole", output)
         return total
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _require_vacant(output: Path) -> None:
+    if not is_vacant(output):
+        raise CompressError(f"{output} already exists; choose another -o or remove it")
 
 
 def _require_space(tensors: dict[str, StoredTensor], specs: dict[str, Spec], folder: Path) -> None:

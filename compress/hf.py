@@ -22,7 +22,7 @@ from compress.cache.attached import CACHE_MODULE, CachedGeneration
 from compress.jsonfile import read_json, write_json
 from compress.layers import CompressedLinear, Spec
 from compress.model import decoder_blocks
-from compress.source import RECORDS, read_headers
+from compress.source import RECORDS, REPORT, read_headers, read_tensor_index
 from compress.tensorfile import write_whole
 from compress.verify import FORMAT_VERSION, install, module_specs, prepare_skeleton
 
@@ -54,6 +54,12 @@ class CompressHfQuantizer(HfQuantizer):
         if getattr(config, "transformers_weights", None) == checkpoint.GUARD:
             config.transformers_weights = None
         return config
+
+    def update_device_map(self, device_map: Any) -> Any:
+        # A map by hand names the architecture's own modules; the bases of a KV cache are ours, and follow their layers.
+        if isinstance(device_map, dict) and device_map and "" not in device_map:
+            device_map.setdefault(CACHE_MODULE, next(iter(device_map.values())))
+        return device_map
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         specs = module_specs({"quantization_config": self.quantization_config.to_dict()})
@@ -147,10 +153,15 @@ class _Save:
             write_json(folder / "config.json", {**config, "transformers_weights": checkpoint.GUARD})
             for name, content in self.carried.items():
                 write_whole(folder / name, [content])
+            if REPORT in self.carried:  # another dtype has other bytes
+                stored = sum(tensor.num_bytes for tensor in read_tensor_index(folder).values())
+                write_json(folder / REPORT, {**read_json(folder / REPORT), "checkpoint_bytes": stored})
 
 
-def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def dequantize(model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
     """Replace compressed layers by nn.Linear with the multiplied-out weight, in place; generation gets a plain cache."""
+    if isinstance(dtype, str):  # what save_pretrained leaves in a config, and transformers hands on
+        dtype = getattr(torch, dtype.removeprefix("torch."))
     dtype = dtype or model.dtype
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, CompressedLinear):

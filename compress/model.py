@@ -82,8 +82,9 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         CompressError: no list of modules has the length that the config states.
     """
     count = model.config.get_text_config(decoder=True).num_hidden_layers
+    decoder = set(model.get_decoder().modules())  # a vision tower may have as many blocks
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and name.count(".") <= 3:
+        if isinstance(module, nn.ModuleList) and len(module) == count and name.count(".") <= 3 and module in decoder:
             return name, module
     raise CompressError(f"{type(model).__name__}: found no list of {count} decoder blocks")
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from compress import methods
 from compress.budget import needs_budget, settled
+from compress.cache import packed_layers
 from compress.errors import CompressError
 from compress.layers import Spec, dense_bytes, packed_bytes
-from compress.model import Source, decoder_blocks, head_width, inputs_of, is_tied, output_head
+from compress.model import Source, decoder_blocks, head_width, inputs_of, is_tied, kv_heads, output_head
 from compress.recipe import Recipe, Rule
 from compress.suggest import unknown
 
@@ -119,10 +120,18 @@ def _budgeted(model: nn.Module, source: Source, recipe: Recipe, linears: dict[st
 
 
 def added_bytes(model: nn.Module, recipe: Recipe) -> int:
-    """What a rotation adds to a checkpoint: the final norm becomes a matrix where the embedding is tied."""
-    width = model.config.get_text_config(decoder=True).hidden_size
-    turned = any(wanted.turns_stream for wanted in recipe.rotations(width, head_width(model)))
-    return 2 * width**2 if turned and is_tied(model) else 0
+    """What a recipe adds to a checkpoint: the final norm, which a rotation makes a matrix of where the embedding is tied,
+    and a KV cache's bases and metrics in fp32."""
+    config, kv = model.config.get_text_config(decoder=True), recipe.kv_cache
+    wanted = recipe.rotations(config.hidden_size, head_width(model))
+    turned = any(each.turns_stream for each in wanted)
+    norm = 2 * config.hidden_size**2 if turned and is_tied(model) else 0
+    if kv is None:
+        return norm
+    folded = any(each.heads != "none" for each in wanted)  # v_proj is in its basis already
+    based = config.num_hidden_layers * (1 if folded else 2) if kv.basis != "none" else 0
+    measured = len(packed_layers(config)) if kv.metric == "calibration" else 0
+    return norm + 4 * (based + measured) * kv_heads(model) * head_width(model) ** 2
 
 
 def minds(job: Job, option: str, value: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from compress.complete import require_filled
+from compress.complete import by_model_names, require_filled
 from compress.errors import CompressError
 from compress.forms import require_room
 from compress.layers import build
@@ -68,6 +68,7 @@ def prepare(model: str | Path, recipe: Recipe, device: str = "auto") -> Prepared
     source = open_source(model)
     require_compressible(source)
     skeleton = build_skeleton(source.path)
+    source = _by_model_names(source, skeleton)
     source, notes = _used(source, skeleton)
     source, copies = _tied_once(source, skeleton)
     chosen = choose_device(device)
@@ -76,6 +77,14 @@ def prepare(model: str | Path, recipe: Recipe, device: str = "auto") -> Prepared
     plan = replace(plan, notes=plan.notes + notes + copies)
     stored = source.tensors[f"{plan.jobs[0].name}.weight"].dtype
     return Prepared(source, skeleton, recipe, plan, chosen, compute_dtype(chosen, stored))
+
+
+def _by_model_names(source: Source, skeleton: nn.Module) -> Source:
+    """The source by the model's names where its blocks are stored by others: multimodal models, files without a prefix."""
+    blocks_name, _ = decoder_blocks(skeleton)
+    if any(name.startswith(f"{blocks_name}.") for name in source.tensors):
+        return source
+    return replace(source, tensors=by_model_names(skeleton, source.tensors))
 
 
 def _used(source: Source, skeleton: nn.Module) -> tuple[Source, tuple[str, ...]]:
@@ -134,8 +143,12 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise CompressError(f"unknown device {device!r}; use auto, cpu or cuda") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise CompressError(f"device {device}: there are no kernels for it; use auto, cpu or cuda")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise CompressError("device cuda: torch finds no GPU here; use --device cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= (found := torch.cuda.device_count()):
+        raise CompressError(f"device {device}: torch finds {found} GPUs here, the first is cuda:0")
     return chosen
 
 

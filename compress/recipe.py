@@ -93,6 +93,7 @@ class Rule(_Strict):
         return {"method": self.method, "targets": list(self.targets), **options}
 
 
+_SIZES = {"ratio", "target_size", "target_bits"}  # ways to say how large a rule's matrices may be
 _OF_ALL_CACHES = ("method", "basis", "high_share", "query_share", "metric")
 
 
@@ -278,3 +279,6 @@ def _override(data: dict[str, Any], override: str) -> None:
     if isinstance(node, list):
         raise CompressError(f"--set {override}: weights is a list of rules here; write weights.0.{last}=...")
     node[last] = value
+    if last in _SIZES and parents[:1] == ["weights"]:  # one size stands for the others; `ratio` yields by itself
+        for other in _SIZES - {last, "ratio"}:
+            node.pop(other, None)

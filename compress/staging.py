@@ -109,9 +109,7 @@ def open_staging(staging: Path, identity: dict[str, str]) -> None:
     """
     state = staging / _STATE
     if not state.is_file():  # new, or killed before it had begun
-        for path in staging.iterdir():
-            if path.name != _LOCK:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        clear(staging)
         write_whole(state, [json.dumps(identity, indent=1).encode()])
         return
     before = _read_json(state)
@@ -167,6 +165,13 @@ def _require_same(made_from: str, now: str, file: Path) -> None:
         raise CompressError(
             f"{file} was made from another model: weights have changed since; remove {file.parent} to start again"
         )
+
+
+def clear(staging: Path) -> None:
+    """Empty a locked directory but for its lock."""
+    for path in staging.iterdir():
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager

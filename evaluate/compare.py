@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import nn
 
 from compress.cache.attached import new_cache
+from compress.calibrate.data import local_file
 from compress.checkpoint import versions
 from compress.errors import CompressError
 from compress.evaluate.quality import differences, empty_cache, finite, mean_and_error, measure
@@ -81,7 +82,7 @@ def compare(
     result: dict[str, Any] = {
         "protocol": {
             "kv_cache": None if own is None else own.spec,
-            "decoded": own is not None and not own.reads_in_one_pass,
+            "decoded": dataset is not None and own is not None and not own.reads_in_one_pass,
         },
         "environment": _environment(model),
         "compressed": {},
@@ -96,8 +97,9 @@ def compare(
     if dataset is not None:
         tokens = make_windows(dataset, tokenizer, length=length, limit=windows, split=split, config=config, column=column)
         require_fits(model, tokens.ids, "lower --length")
+        file = isinstance(dataset, str) and local_file(dataset)  # which has no splits
         result["protocol"] |= {
-            "dataset": tokens.origin, "config": config, "split": split, "column": column,
+            "dataset": tokens.origin, "config": None if file else config, "split": None if file else split, "column": column,
             "length": length, "windows": len(tokens.ids), "tokens": tokens.count, "notes": list(tokens.notes),
         }  # fmt: skip
         ours, theirs = measure(model, tokens.ids, original, progress(len(tokens.ids)))
@@ -114,6 +116,8 @@ def compare(
         result["protocol"] |= {"limit": limit, "shots": shots, "task_data": None if data is None else str(data)}
         ours_by_task = run_tasks(model, tokenizer, tasks, data=data, limit=limit, shots=shots)
         result["compressed"]["tasks"] = {task: found.numbers for task, found in ours_by_task.items()}
+        if own is not None and not own.reads_in_one_pass:  # a prompt is exact there, and a likelihood is all prompt
+            result["protocol"]["past_the_cache"] = [task for task, found in ours_by_task.items() if not found.generates]
         if original is not None:
             theirs_by_task = run_tasks(original, tokenizer, tasks, data=data, limit=limit, shots=shots)
             result["original"]["tasks"] = {task: found.numbers for task, found in theirs_by_task.items()}
@@ -203,14 +207,15 @@ def table(result: dict[str, Any]) -> Table:
 def _title(protocol: dict[str, Any]) -> str:
     parts = []
     if "dataset" in protocol:
-        parts.append(
-            f"{protocol['dataset']} {protocol['split']}, {protocol['windows']} windows of {protocol['length']} tokens"
-        )
+        text = " ".join(filter(None, (protocol["dataset"], protocol["split"])))
+        parts.append(f"{text}, {protocol['windows']} windows of {protocol['length']} tokens")
     if protocol["kv_cache"]:
         cache = protocol["kv_cache"]
         parts.append(f"keys and values read through the {cache['method']} cache, {cache['bits']}-bit setting")
     if protocol["decoded"]:
         parts.append("the second half of each window, token by token")
+    if tasks := protocol.get("past_the_cache"):
+        parts.append(f"{', '.join(tasks)}: likelihoods of whole prompts, of which that cache packs nothing")
     return "; ".join(parts)
 
 

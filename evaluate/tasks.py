@@ -2,7 +2,8 @@
 
 With `data`, a directory of `<task>/<split>.jsonl` in the hub's own row schema, each task keeps lm-eval's definition and
 only its source is replaced, so that a machine without a network gets the same numbers. Names of groups and tags stand for
-their tasks. A model with a KV cache of its own is read through it, as in `compress.evaluate.quality`.
+their tasks. A model with a KV cache of its own is read through it, as in `compress.evaluate.quality`; where that cache keeps
+prompts exact, only tasks that generate show what it costs (`TaskResult.generates`).
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ _SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_spli
 
 @dataclass
 class TaskResult:
-    """What lm-eval says of one task: `{metric: value, metric_stderr: value}`, and each document's part in a metric.
+    """What lm-eval says of one task: `{metric: value, metric_stderr: value}`, each document's part in a metric, what it is.
 
     A metric behind a filter is named as lm-eval does, `exact_match,strict-match`. Numbers that are not finite are None.
     """
 
     numbers: dict[str, float | None]
     by_document: dict[str, list[float]] = field(default_factory=dict)
+    generates: bool = False  # else it compares likelihoods
 
 
 def check_tasks(tasks: Sequence[str], data: str | Path | None = None, shots: int | None = None) -> list[str]:
@@ -88,7 +90,11 @@ def run_tasks(
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise CompressError(f"tasks {', '.join(names)}: {reason}; give local files with --data DIR") from error
     return {
-        task: TaskResult(_numbers(results["results"][name]), _by_document(results["samples"][name]))
+        task: TaskResult(
+            _numbers(results["results"][name]),
+            _by_document(results["samples"][name]),
+            generates=results["configs"][name]["output_type"] == "generate_until",
+        )
         for task, name in renamed.items()
     }
 

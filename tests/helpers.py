@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 DATA = ROOT.parent / "shared" / "data"  # an optional local copy of the public data sets; the hub is used without it
 
-_COMMON = {
+COMMON = {
     "vocab_size": 256,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -40,7 +40,7 @@ FAMILIES["gemma3_text"]["num_hidden_layers"] = 4
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """A random fp32 model. Norms and biases are random too, so that forgetting one shows."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES.get(family, {}), **changes})
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES.get(family, {}), **changes})
     config.dtype = torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

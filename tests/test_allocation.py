@@ -29,7 +29,7 @@ from compress.layers import Spec, compressed_matrices, dense_bytes, packed_bytes
 from compress.linalg import SecondMoment
 from compress.methods import Site, cospadi
 from compress.model import materialise, materialise_head
-from compress.plan import Job, planned_bytes
+from compress.plan import Job, added_bytes, planned_bytes
 from compress.prepare import prepare, skeleton_of
 from compress.recipe import Recipe
 from compress.report import megabytes
@@ -426,6 +426,31 @@ def test_a_target_size_counts_the_norm_of_a_rotated_model(tiny: Path, tmp_path: 
     run(tiny, Recipe.from_dict({**tiny_recipe(), "weights": weights}), tmp_path / "out")
     stored = sum(t.numel() * t.element_size() for t in load_file(tmp_path / "out" / "model.safetensors").values())
     assert 0.95 * wanted < stored <= wanted
+
+
+@pytest.mark.parametrize(
+    ("weights", "cache"),
+    [
+        (
+            {"method": "resq", "high_bits": 6, "allocation": "search"},
+            {"method": "per_token", "basis": "pca"},
+        ),  # values folded
+        ({"method": "rtn"}, {"method": "per_token", "basis": "hadamard"}),
+        ({"method": "rtn"}, {"method": "squat", "window": 8, "group_size": 8, "metric": "calibration"}),
+    ],
+    ids=["folded", "both sides", "metrics"],
+)
+def test_what_a_kv_cache_adds_is_counted(weights: dict, cache: dict, tiny: Path, tmp_path: Path) -> None:
+    """Of a search the size that it must keep to; of one form for all the size that a dry run shows."""
+    recipe = Recipe.from_dict({**tiny_recipe(), "weights": weights, "kv_cache": cache})
+    prepared = prepare(tiny, recipe, "cpu")
+    rest = prepared.source.stored_bytes - prepared.replaced_bytes + added_bytes(prepared.model, recipe)
+    if "allocation" in weights:
+        wanted = rest + prepared.plan.dense_bytes // 3
+        recipe = Recipe.from_dict({**recipe.resolved(), "weights": {**weights, "target_size": wanted}})
+        assert 0.95 * wanted < run(tiny, recipe, tmp_path / "out").checkpoint_bytes <= wanted
+    else:
+        assert run(tiny, recipe, tmp_path / "out").checkpoint_bytes == rest + sum(map(planned_bytes, prepared.plan.jobs))
 
 
 def test_a_size_without_room_is_refused_before_the_search(wide: Path) -> None:

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import sys
+import tomllib
 from pathlib import Path
 
 from helpers import ROOT
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FOLDERS = {"compress": "compress", **{f"compress.{n}": n for n in ("kernels", "calibrate", "evaluate", "recipes")}}
 # package: what it must not import

@@ -219,6 +219,9 @@ def evaluate_mistakes(model: Path, folder: Path) -> dict[str, tuple[list, str]]:
         "nothing": (["--dataset", "none"], "nothing to measure"),
         "folder": (["-o", folder / "no" / "f.json"], "no does not exist; make it first"),
         "directory": (["-o", folder], "is a directory; give -o a file"),
+        "no file": (["--dataset", folder / "no.txt"], r"no\.txt does not exist"),
+        "no tasks": (["--limit", 3], "--limit is an option of tasks: give --tasks"),
+        "no kernels": (["--device", "meta"], "there are no kernels for it; use auto, cpu or cuda"),
         "task": (["--tasks", "piqua"], "unknown task 'piqua'; did you mean 'piqa'"),
         "task data": (["--tasks", "piqa", "--data", folder / "no"], "is no directory"),
         "split": (["--tasks", "gsm8k", "--data", data], "gsm8k shows 5 examples of its train split"),
@@ -232,12 +235,40 @@ def test_mistakes_of_evaluate_cost_one_line(tiny_llama: Path, tmp_path: Path, mo
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for kind, (extra, message) in evaluate_mistakes(tiny_llama, tmp_path).items():
         arguments = ["evaluate", tiny_llama, "--dataset", "python-docs", "--length", 64, "--windows", 1, *extra]
-        if kind in ("device", "no gpu", "nothing", "folder", "directory", "task", "task data", "split", "tag"):
+        if kind in (
+            "device",
+            "no gpu",
+            "nothing",
+            "folder",
+            "directory",
+            "task",
+            "task data",
+            "split",
+            "tag",
+            "no file",
+            "no tasks",
+            "no kernels",
+        ):
             monkeypatch.setattr("compress.model.load_for_evaluation", lambda *_: pytest.fail("a model was read"))
         done = run_here(monkeypatch, capsys, *arguments)
         expect_failure(done, message)
         monkeypatch.undo()
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.mark.parametrize("broken", ["/dev/full", "ascii"])
+def test_figures_outlive_a_screen_that_fails(broken: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """A full disk behind stdout; a terminal without the sign for plus or minus."""
+    file = tmp_path / "text.txt"
+    file.write_text("Some text. " * 40)
+    arguments = command("evaluate", tiny_llama, "--dataset", file, "--length", 32, "--windows", 2, "-o", tmp_path / "f.json")
+    environment = ENVIRONMENT | ({"PYTHONIOENCODING": "ascii"} if broken == "ascii" else {})
+    with open(tmp_path / "out" if broken == "ascii" else broken, "w") as screen:
+        done = subprocess.run(arguments, stdout=screen, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    assert done.returncode == (0 if broken == "ascii" else 2) and "Traceback" not in done.stderr
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["compressed"]["quality"]["perplexity"] > 0
+    assert figures["protocol"]["split"] is None and figures["protocol"]["config"] is None, "a file has none"
 
 
 def test_tasks_alone_need_no_text_and_no_hub(tiny_llama: Path, tmp_path: Path) -> None:

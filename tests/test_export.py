@@ -18,6 +18,7 @@ from compress.cache.attached import CACHE_MODULE
 from compress.errors import CompressError
 from compress.recipe import Recipe
 from compress.run import run
+from compress.staging import locked
 from compress.tensorfile import CastTensor, read_header, write_file
 from helpers import save_tiny, tiny_recipe
 
@@ -73,6 +74,16 @@ def test_an_unfinished_run_of_the_same_name_survives(tiny_compressed: Path, tmp_
     compress.export_dense(tiny_compressed, tmp_path / "X")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".X.partial", "X"]
     assert (unfinished / "run.json").read_text() == "{}"
+
+
+def test_two_exports_to_one_place(tiny_compressed: Path, tmp_path: Path) -> None:
+    """The second is refused while the first is at work; what a killed one has left is cleared away."""
+    with locked(tmp_path / ".X.export"), pytest.raises(CompressError, match=r"another process is at work in .*\.X\.export"):
+        compress.export_dense(tiny_compressed, tmp_path / "X")
+    (tmp_path / ".X.export" / "whole").mkdir(parents=True)
+    (tmp_path / ".X.export" / "whole" / "model-00001-of-00002.safetensors").write_bytes(b"half of a shard")
+    compress.export_dense(tiny_compressed, tmp_path / "X")
+    assert not list((tmp_path / "X").glob("model-*")) and [path.name for path in tmp_path.iterdir()] == ["X"]
 
 
 def test_the_place_of_the_output_is_checked_first(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import compress
@@ -22,7 +22,7 @@ from compress.methods import names
 from compress.recipe import Recipe
 from compress.report import Report
 from compress.run import run
-from helpers import FAMILIES, save_tiny, tiny_model, tiny_recipe, tiny_tokenizer
+from helpers import COMMON, FAMILIES, save_tiny, tiny_model, tiny_recipe, tiny_tokenizer
 
 IDS = torch.arange(3, 60)[None]
 
@@ -147,6 +147,37 @@ def test_untied_head_can_be_a_target(tmp_path: Path) -> None:
     report = run(source, Recipe.from_dict(tiny_recipe(targets=["*down_proj", "lm_head"])), tmp_path / "out")
     assert report.modules[-1].name == "lm_head" and report.modules[-1].error < 0.5
     assert "lm_head" in compressed_layers(compress.load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kind", ["multimodal", "without prefix"])
+def test_blocks_under_other_names(kind: str, tmp_path: Path) -> None:
+    """Gemma 3 with a vision tower of as many blocks, whose text model transformers stores elsewhere; Bloom's own files."""
+    if kind == "multimodal":
+        text = {**COMMON, **FAMILIES["gemma3_text"], "num_hidden_layers": 3, "layer_types": None}
+        vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+        sizes = {"text_config": text, "vision_config": {**vision, "image_size": 28, "patch_size": 14}}
+        source = save_tiny(tmp_path / "model", "gemma3", **sizes, mm_tokens_per_image=4, image_token_index=250)
+        before = "language_model.model.layers.0.mlp.up_proj.weight"
+    else:
+        source = save_tiny(tmp_path / "model", "bloom", n_layer=3, n_head=4)
+        stored = load_file(source / "model.safetensors")
+        save_file(
+            {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}, source / "model.safetensors"
+        )
+        before = "h.0.mlp.dense_h_to_4h.weight"
+    assert before in load_file(source / "model.safetensors")
+    weights = [{"method": "none", "targets": ["*head"]}, {"method": "gptq", "bits": 8, "targets": ["*"]}]
+    report = run(source, Recipe.from_dict({**tiny_recipe(), "weights": weights}), tmp_path / "out")
+    assert len(report.modules) == 3 * (7 if kind == "multimodal" else 4)
+    model, original = compress.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(source)
+    want = logits(original)
+    assert (logits(model) - want).norm() < 0.04 * want.norm()  # measured: 0.021
+    mine, theirs = model.state_dict(), original.state_dict()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items() if name in mine and "vision" in name)
+    compress.export_dense(tmp_path / "out", tmp_path / "dense")
+    dense, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert (logits(dense.float()) - want).norm() < 0.05 * want.norm()
 
 
 def test_mixture_of_experts_is_left_alone(tmp_path: Path) -> None:

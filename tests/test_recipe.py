@@ -29,6 +29,15 @@ def test_overrides() -> None:
     assert recipe.digest() != Recipe.load("cospadi-20").digest()
 
 
+def test_one_size_stands_for_the_others(tmp_path: Path) -> None:
+    """The recipe.yaml of a run with a target has both keys."""
+    (tmp_path / "r.yaml").write_text(Recipe.load("cospadi-75", ["weights.target_size=1MB"]).to_yaml())
+    for override, key, value in (("ratio=0.5", "ratio", 0.5), ("target_bits=3", "target_bits", 3)):
+        options = Recipe.load(tmp_path / "r.yaml", [f"weights.{override}"]).weights[0].options
+        assert options.target_size is None and getattr(options, key) == value
+    assert Recipe.load(tmp_path / "r.yaml", ["calibration.seed=1"]).weights[0].options.target_size == 10**6
+
+
 def test_first_rule_wins_and_none_keeps() -> None:
     rules = [{"method": "none", "targets": "*.0.*"}, {"method": "svd_llm", "ratio": 0.4}]
     recipe = Recipe.from_dict({"weights": rules})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -114,6 +115,31 @@ def test_a_dequantized_model_saves_as_a_plain_one(rotated: Path, tmp_path: Path)
     plain, report = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert torch.equal(logits(plain), logits(model))
+
+
+def test_a_saved_model_can_still_be_dequantized(tiny_compressed: Path, tmp_path: Path) -> None:
+    """Saving leaves the dtype as a word in the config, which transformers hands to `dequantize`."""
+    model = compress.load(tiny_compressed)
+    want = logits(model)
+    model.save_pretrained(tmp_path / "again")
+    model.dequantize()
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    assert torch.allclose(logits(model), want, rtol=1e-3, atol=1e-3 * float(want.std()))
+
+
+def test_the_report_tells_the_bytes_that_were_saved(tiny_compressed: Path, tmp_path: Path) -> None:
+    compress.load(tiny_compressed, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    stored = load_file(tmp_path / "half" / "model.safetensors").values()
+    report = read_report(tmp_path / "half")
+    assert report.checkpoint_bytes == sum(tensor.nbytes for tensor in stored)
+    assert report.checkpoint_bytes < read_report(tiny_compressed).checkpoint_bytes
+
+
+def test_a_device_map_by_hand_need_not_name_what_is_ours(rotated: Path) -> None:
+    parts = ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head", *(f"model.layers.{n}" for n in range(3))]
+    model = compress.load(rotated, device_map=dict.fromkeys(parts, "cpu"))
+    assert torch.equal(logits(model), logits(compress.load(rotated)))
+    assert all(not basis.is_meta for basis in getattr(model, CACHE_MODULE).buffers())
 
 
 def test_device_map_auto(tiny_compressed: Path) -> None:

@@ -63,6 +63,17 @@ def test_generation_reads_a_fresh_cache_and_likelihoods_none(tmp_path: Path, mon
     assert made and len({id(cache) for cache in made}) == len(made) and all(cache.packed_bits_per_element for cache in made)
 
 
+def test_likelihoods_past_a_windowed_cache_are_named(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    attach(model, "squat", {"window": 8, "group_size": 8})
+    options = {"dataset": None, "tasks": ["piqa", "gsm8k"], "data": task_files(tmp_path), "shots": 0}
+    result = compare(model, tiny_tokenizer(), **options)
+    assert result["protocol"]["past_the_cache"] == ["piqa"] and not result["protocol"]["decoded"]
+    assert "piqa: likelihoods of whole prompts, of which that cache packs nothing" in table(result).title
+    attach(model, "fp8", {})  # read in one pass, by all of them
+    assert "past_the_cache" not in compare(model, tiny_tokenizer(), **options)["protocol"]
+
+
 def test_paired_errors_need_one_number_per_document() -> None:
     ours = TaskResult({"acc": 0.5, "acc_stderr": 0.3, "f1": 0.75, "em,strict": None}, {"acc": [1, 0, 1, 0], "f1": [1, 1]})
     theirs = TaskResult({"acc": 0.25, "acc_stderr": 0.3, "f1": 0.25, "em,strict": 0.1}, {"acc": [1, 0, 0, 0], "f1": [0, 0]})

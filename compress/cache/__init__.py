@@ -222,6 +222,11 @@ def _layers_of(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]
     return layer_types, layer_kwargs
 
 
+def packed_layers(config: PreTrainedConfig) -> list[int]:
+    """The layers of a text model whose keys and values a cache packs."""
+    return [index for index, kind in enumerate(get_layer_types_and_kwargs(config)[0]) if kind == "full_attention"]
+
+
 def _by_layer(name: str, bases: Bases | None, layers: int) -> dict[int, Tensor | None]:
     """Bases as a dictionary by layer index."""
     if bases is None:
