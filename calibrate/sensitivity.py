@@ -111,8 +111,8 @@ def through_block(
         return hook
 
     def watch(name: str) -> Callable:
-        def hook(module: nn.Module, grad_input: object, grad_output: tuple) -> None:
-            squares = _counted(grad_output[0], runner.mask).float().square()
+        def hook(gradient: Tensor) -> None:
+            squares = _counted(gradient, runner.mask).float().square()
             sums[name] = sums.get(name, 0) + squares.flatten(0, -2).sum(dim=0).double()
             of_token = squares.sum(dim=-1)
             of_tokens[name].append(of_token.cpu())
@@ -120,10 +120,15 @@ def through_block(
                 grams[name].add(_counted(inputs[name].pop(), runner.mask), weights=of_token)
                 judged[name] = judged.get(name, 0) + of_token.double().sum()
 
-        return hook
+        # of the tensor, not of the module: that would make a view of the output, to which Falcon could not add in place
+        def watched(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(hook)
+
+        return watched
 
     handles = [linear.register_forward_pre_hook(remember(name)) for name, linear in linears.items()]
-    handles += [linear.register_full_backward_hook(watch(name)) for name, linear in linears.items()]
+    handles += [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
     places = []
     try:
         for number, gradient in enumerate(gradients):

@@ -81,7 +81,7 @@ def _mixed(moment: Tensor, weights: Callable[[], Tensor], share: float) -> Tenso
     """Moments of inputs and of weights, each brought to trace one."""
     if not share:
         return moment
-    other = weights()
+    other = weights().to(moment.device)  # made from stored weights, on the CPU
     tiny = torch.finfo(moment.dtype).tiny  # a part that is all zero has no say
     return sum(part * m / m.diagonal().sum().clamp_min(tiny) for part, m in ((1 - share, moment), (share, other)))
 

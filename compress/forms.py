@@ -52,26 +52,38 @@ def own_size(job: Job, form: methods.MethodConfig) -> list[methods.MethodConfig]
 
 def spec_of(model: nn.Module, source: Source, job: Job, options: methods.MethodConfig) -> Spec | None:
     """The spec of one way to store a matrix; None where it does not fit, or leaves less than a search by its rule may."""
+    spec = _fitting(model, source, job, options)
+    if spec is None or not minds(job, "allocation", "search"):
+        return spec
+    return spec if job.rule.options.keeps_enough(packed_bytes(spec), dense_bytes(spec)) else None
+
+
+def _fitting(model: nn.Module, source: Source, job: Job, options: methods.MethodConfig) -> Spec | None:
     try:
-        spec = job_spec(model, job.name, source, job.rule.model_copy(update={"options": options}))
+        return job_spec(model, job.name, source, job.rule.model_copy(update={"options": options}))
     except CompressError:
         return None
-    return spec if job.rule.options.keeps_enough(packed_bytes(spec), dense_bytes(spec)) else None
 
 
 def require_room(model: nn.Module, source: Source, plan: Plan) -> None:
     """Refuse a search for a size that the smallest forms of its matrices do not reach, before anything is tried.
 
     Raises:
-        CompressError: with the bytes that they take.
+        CompressError: with the bytes that they take; or all forms of a matrix are too small.
     """
     for rule in dict.fromkeys(job.rule for job in plan.jobs if minds(job, "allocation", "search")):
         searched = [job for job in plan.jobs if job.rule == rule and job.block != HEAD]
         limit, least = sum(map(planned_bytes, searched)), 0
         counts = Counter(map(_key, searched))
         for key, job in {_key(job): job for job in searched}.items():  # those that are alike have the same forms
-            specs = [spec_of(model, source, job, form) for kind in kinds_of(job) for form in sizes_of(job, kind)]
-            least += counts[key] * min((packed_bytes(spec) for spec in specs if spec), default=0)
+            forms = [form for kind in kinds_of(job) for form in sizes_of(job, kind)]
+            sizes = [packed_bytes(spec) for form in forms if (spec := spec_of(model, source, job, form))]
+            if not sizes and any(_fitting(model, source, job, form) for form in forms):
+                raise CompressError(
+                    f"recipe: {job.name}: its largest forms keep less of it than a search at ratio {rule.options.ratio:g} "
+                    "may; raise the ratio, or give wider codes"
+                )
+            least += counts[key] * min(sizes, default=0)
         if least > limit:
             raise CompressError(
                 f"recipe: the smallest forms of {', '.join(rule.targets)} take {megabytes(least)}, the budget leaves them "

@@ -196,6 +196,10 @@ def _convert(model: nn.Module, source: Source, prefix: str, dtype: torch.dtype) 
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
-    part = {name: source.read(name) for name in source.tensors if name.startswith(prefix)}
+    names = [name for name in source.tensors if name.startswith(prefix)]
+    if not names:  # a head that files hold under another name (GPT-NeoX): it is among what lies outside the blocks
+        blocks_name, _ = decoder_blocks(model)
+        names = [name for name in source.tensors if not name.startswith(f"{blocks_name}.")]
+    part = {name: source.read(name) for name in names}
     config = LoadStateDictConfig(dtype=dtype, dtype_plan={}, weight_mapping=get_model_conversion_mapping(model))
     convert_and_load_state_dict_in_model(model, part, config)

@@ -23,7 +23,7 @@ from compress.calibrate.blocks import BlockRunner
 from compress.calibrate.sensitivity import StoredStates, output_gradients, through_block
 from compress.errors import CompressError
 from compress.forecast import forecast_table, logits_bytes, predicted_memory_bytes, states_bytes, trial_flops
-from compress.forms import Forms, is_open, open_jobs, sizes_of, spec_of
+from compress.forms import Forms, is_open, kinds_of, open_jobs, sizes_of, spec_of
 from compress.knapsack import choose
 from compress.layers import Spec, compressed_matrices, dense_bytes, packed_bytes
 from compress.linalg import SecondMoment
@@ -385,6 +385,40 @@ def test_widths_of_a_rotated_model_have_the_same_floor(ratio: float, widths: int
     assert {len(specs[name]) for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")} == {widths}
     for kept in (kept_shares(of_matrix, ratio) for of_matrix in specs.values()):
         assert 0.475 <= min(kept) < 1 < max(kept)
+
+
+def test_the_floor_is_one_of_searches(wide: Path, tmp_path: Path) -> None:
+    """4 bits of all weights are a third of what ratio 0.2 leaves: without a search they may be the best there is."""
+    weights = {"method": "cospadi", "value_bits": 4}
+    prepared = prepare(wide, Recipe.from_dict({**tiny_recipe(), "weights": weights}), "cpu")
+    job = next(job for job in prepared.plan.jobs if job.name.endswith("q_proj"))
+    specs = [spec_of(prepared.model, prepared.source, job, form) for form in kinds_of(job)]
+    assert all(specs) and packed_bytes(specs[0]) < 0.3 * dense_bytes(specs[0])
+    balanced = {"method": "cospadi", "balance": "2:4", "value_bits": 8}
+    report = run(save_tiny(tmp_path / "model"), Recipe.from_dict({**tiny_recipe(), "weights": balanced}), tmp_path / "out")
+    assert all(module.spec["balance"] == 4 for module in report.modules)
+    with pytest.raises(
+        CompressError, match=r"[kq]_proj: its largest forms keep less of it .* raise the ratio, or give wider"
+    ):
+        prepare(wide, Recipe.from_dict({**tiny_recipe(), "weights": {**weights, "allocation": "search"}}), "cpu")
+
+
+UNUSUAL = {
+    "falcon": {"num_kv_heads": 1, "new_decoder_architecture": False, "parallel_attn": True, "bias": False},
+    "gpt_neox": {},  # whose files call the head embed_out
+}
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_gradients_of_unusual_models(family: str, tmp_path: Path) -> None:
+    """Falcon adds to the output of a linear in place."""
+    source = save_tiny(tmp_path / "model", family, **UNUSUAL[family])
+    weights = {"method": "cospadi", "dictionary": "identity", "ratio": 0.4, "allocation": "search"}
+    rules = [{"method": "none", "targets": ["*head"]}, {**weights, "targets": ["*"]}]
+    recipe = {**tiny_recipe(), "weights": rules}
+    recipe["calibration"] = {**recipe["calibration"], "token_weighting": 0.5}
+    report = run(source, Recipe.from_dict(recipe), tmp_path / "out")
+    assert len(report.modules) == 3 * 4 and len({module.packed_bytes for module in report.modules}) > 2
 
 
 def test_a_search_that_has_no_choice_still_counts_as_one(wide: Path) -> None:
@@ -773,8 +807,9 @@ def test_target_size_and_bits(tiny: Path, tmp_path: Path) -> None:
         ({"target_size": "1TB"}, "cannot be met: .*choose a size between"),
         ({"target_size": "much"}, "target_size"),
         ({"target_size": "1MB", "target_bits": 3}, "exclude each other"),
+        ({"target_bits": 1e-17}, "target_bits 1e-17 leaves nothing of the matrices"),
     ],
-    ids=["small", "large", "no size", "both"],
+    ids=["small", "large", "no size", "both", "no bits"],
 )
 def test_impossible_targets(options: dict, message: str, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(CompressError, match=message):

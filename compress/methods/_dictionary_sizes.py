@@ -55,8 +55,8 @@ class Config(BudgetConfig):
         return {2 * 60 + 4: "2:4", 16 * 60 + 32: "16:32"}.get(value, value) if isinstance(value, int) else value
 
     def fills_its_share(self) -> bool:
-        """As in every search; a width that is still to be found takes no more, either."""
-        return super().fills_its_share() or self.value_bits == "auto"
+        """As in every search; a width or a dictionary that is still to be found takes no more, either."""
+        return super().fills_its_share() or "auto" in (self.value_bits, self.dictionary)
 
     @model_validator(mode="after")
     def _has_atoms_to_weigh(self) -> Config:
@@ -124,13 +124,16 @@ def plan(site: Site, config: Config) -> Spec:
     budget = (1 - config.ratio) * 16 * site.in_features * site.out_features  # bits
     if config.dictionary != "identity":
         spec["num_atoms"] = _learned_atoms(site, config, budget)
+        if spec["unit_atoms"] and spec["num_atoms"] > site.in_features:
+            raise ValueError(f"{site.in_features} inputs have no room for {spec['num_atoms']} learned atoms")
     if balance:
         return {**spec, "num_nonzeros": _balanced(site, config, spec, budget)}
     nonzeros = _affordable(site, spec, budget)
     limit = all_atoms(spec | {"in_features": site.in_features})
     if config.dictionary == "learned":
         limit = min(limit, site.in_features)
-    nonzeros = min(nonzeros, limit)
+    if nonzeros > limit:  # they need a mask all the same
+        nonzeros = min(_affordable(site, spec, budget, masked=True), limit)
     multiple = 4 if config.value_bits == 16 else 8  # whole groups of 8 bytes, or of packed codes
     if nonzeros < limit and (nonzeros >= 64 or config.value_bits < 16):
         nonzeros = nonzeros // multiple * multiple
@@ -165,8 +168,8 @@ def _learned_atoms(site: Site, config: Config, budget: float) -> int:
     return int(atoms) // multiple * multiple
 
 
-def _affordable(site: Site, spec: Spec, budget: float) -> int:
-    """How many nonzeros of a neuron the budget pays for; all atoms where they fit without a mask."""
+def _affordable(site: Site, spec: Spec, budget: float, *, masked: bool = False) -> int:
+    """How many nonzeros of a neuron the budget pays for; all atoms where they fit without a mask and none is asked for."""
     inputs, outputs = site.in_features, site.out_features
     sized = spec | {"in_features": inputs}
     atoms, bits, learned = all_atoms(sized), spec["value_bits"], spec["num_atoms"]
@@ -175,7 +178,7 @@ def _affordable(site: Site, spec: Spec, budget: float) -> int:
         width = spec["dictionary_bits"]
         left -= inputs * 16 * learned if width == 16 else inputs * 8 * packed_width(learned, width) + 16 * learned
     everything = 16 * atoms if bits == 16 else 8 * packed_width(atoms, bits)
-    if everything * outputs <= left:
+    if everything * outputs <= left and not masked:
         return atoms
     return int((left / outputs - (atoms + 7) // 8 * 8) / bits)
 

@@ -25,6 +25,8 @@ from torch import Tensor
 from compress.kernels.column_rounding import round_columns
 from compress.quantizer import Group, search_scales, stored_scale
 
+_SCALES_AT_ONCE = 1 << 25  # entries of the normal matrices of a refit
+
 
 def solve(
     weight_NI: Tensor,
@@ -151,6 +153,10 @@ def _refit_scales(weight_NI: Tensor, damped_II: Tensor, codes_NI: Tensor, scales
     """Least-squares scales of every row for fixed codes: a G x G system per row, fp64, damped towards the old scales."""
     gram = damped_II.double()
     codes = codes_NI.double()
+    most = max(1, _SCALES_AT_ONCE // len(groups) ** 2)
+    if len(codes) > most:  # rows are independent: at 8B and small groups all at once would take gigabytes
+        parts = zip(*(tensor.split(most) for tensor in (weight_NI, codes_NI, scales_NG)), strict=True)
+        return torch.cat([_refit_scales(weight, damped_II, code, scale, groups) for weight, code, scale in parts])
     image = weight_NI.double() @ gram
     right = torch.stack([(codes[:, g.start : g.stop] * image[:, g.start : g.stop]).sum(dim=1) for g in groups], dim=1)
     normal = codes.new_zeros(len(codes), len(groups), len(groups))

@@ -49,7 +49,8 @@ def refit_codes(
         steps: conjugate-gradient steps at most, one K x K x N product each.
         tolerance: end when a step gains less than this part of the energy of D S.
     """
-    inverse_diagonal = 1 / gram_KK.diagonal().clamp_min(torch.finfo(gram_KK.dtype).tiny)
+    limits, diagonal = torch.finfo(gram_KK.dtype), gram_KK.diagonal()
+    inverse_diagonal = 1 / diagonal.clamp_min(limits.tiny)
     residual = (cross_NK - codes_NK @ gram_KK) * mask_NK
     direction = residual * inverse_diagonal
     energy = (residual * direction).sum(dim=1, keepdim=True)
@@ -57,8 +58,10 @@ def refit_codes(
     for _ in range(steps):
         image = (direction @ gram_KK) * mask_NK
         curvature = (direction * image).sum(dim=1, keepdim=True)
-        # a row that has converged has no energy and no curvature left: it stays where it is
-        step = torch.where(curvature > 0, energy / curvature, 0)
+        # a row that has converged has no energy and no curvature left: it stays where it is; so does one whose curvature
+        # is no more than rounding, along which a step would lead anywhere
+        rounding = limits.eps * (direction.square() * diagonal).sum(dim=1, keepdim=True)
+        step = torch.where(curvature > rounding, energy / curvature, 0)
         codes = codes + step * direction
         if tolerance and (step * energy).sum() < tolerance * (codes * cross_NK).sum():
             break

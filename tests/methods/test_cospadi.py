@@ -25,6 +25,19 @@ def test_budget_is_met_and_nearly_filled(method, shape: tuple[int, int], ratio: 
     assert ratio - 1e-9 <= measured < ratio + (0.05 if min(shape) > 100 else 0.12)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_atoms_that_outnumber_inputs_pay_for_their_mask(shape: tuple[int, int]) -> None:
+    options = {"dictionary": "learned", "solver": "ksvd", "value_bits": 4, "dictionary_bits": 4, "atoms_per_nonzero": 1.3}
+    spec = spec_of(cospadi, *shape, cospadi.Config(ratio=0.6, **options))
+    assert packed_bytes(spec) <= 0.4 * dense_bytes(spec)
+
+
+@pytest.mark.parametrize("inputs", [4, 5, 7])
+def test_fewer_inputs_than_learned_atoms(inputs: int) -> None:
+    with pytest.raises(ValueError, match=f"{inputs} inputs have no room for 8 learned atoms"):
+        cospadi.plan(Site(inputs, 64), cospadi.Config(ratio=0, dictionary="identity+learned", value_bits=8))
+
+
 @pytest.mark.parametrize("method", [cospadi, svd_llm], ids=["cospadi", "svd_llm"])
 def test_unreachable_ratio(method) -> None:
     with pytest.raises(ValueError, match="leaves no"):

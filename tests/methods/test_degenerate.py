@@ -13,7 +13,7 @@ import compress
 from compress.blockwise import Silent
 from compress.errors import CompressError
 from compress.layers import build
-from compress.linalg import SecondMoment
+from compress.linalg import SecondMoment, damped
 from compress.methods import Site, cospadi, load, names, svd_llm
 from compress.recipe import Recipe
 from compress.run import run
@@ -39,6 +39,28 @@ def stored(name: str, options: dict, weight: torch.Tensor, gram: torch.Tensor) -
     layer = build(spec)
     layer.load_state_dict(tensors)
     return layer.dense_weight()
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.3, "value_bits": 8}, {"ratio": 0.6, "value_bits": 4}], ids=str)
+def test_fewer_different_tokens_than_inputs(options: dict) -> None:
+    """As in the first block, with a direction that all share: what fp32 rounds there is more than the damping covers."""
+    tokens = torch.randn(200, 256) + 30 * torch.randn(256)
+    x = tokens[torch.randint(200, (16384,))]
+    weight, gram = torch.randn(64, 256), sum((part.T @ part).double() for part in x.split(2048)) / len(x)
+    config = cospadi.Config(dictionary="identity+learned", **options)
+    spec = {**cospadi.plan(Site(256, 64), config), "in_features": 256, "out_features": 64, "bias": False}
+    layer = build(spec)
+    layer.load_state_dict(cospadi.compress(weight, SecondMoment(gram), spec, config))
+    assert SecondMoment(gram).relative_error(weight, layer.dense_weight()) < 0.02
+
+
+def test_damping_gives_way_where_rounding_is_larger() -> None:
+    gram, eye = problem()[1], torch.eye(64, dtype=torch.float64)
+    assert torch.equal(damped(gram, 1e-6), gram + 1e-6 * gram.diagonal().mean() * eye)
+    rounded = gram.clone()
+    rounded[3] = rounded[:, 3] = 0
+    rounded[3, 3] = -5e-6 * gram.diagonal().mean()
+    assert torch.linalg.eigvalsh(damped(rounded, 1e-6))[0] > 0
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)

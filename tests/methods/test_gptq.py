@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import compress
 from compress.layers import build, packed_bytes
 from compress.linalg import SecondMoment
 from compress.methods import Site, gptq, rtn
 from compress.methods._integers import to_packed
 from compress.quantizer import Group, dequantize, groups_of, round_to_nearest
+from compress.recipe import Recipe
+from compress.run import run
 from compress.solvers.gptq import solve
+from helpers import save_tiny, tiny_recipe
 
 
 def problem(columns: int = 96, rows: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,6 +41,33 @@ def test_every_step_pays(bits: int) -> None:
     swept = error_of(weight, gram, groups, activation_order=False, sweeps=2)
     refitted = error_of(weight, gram, groups, activation_order=False, sweeps=2, refits=2)
     assert plain < 0.85 * nearest and swept < plain and refitted < swept
+
+
+def test_scales_refitted_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram = problem()
+    whole = solve(weight, gram, groups_of(96, 3, 32), refits=2)
+    monkeypatch.setattr("compress.solvers.gptq._SCALES_AT_ONCE", 7 * 3**2)
+    parts = solve(weight, gram, groups_of(96, 3, 32), refits=2)
+    assert torch.allclose(parts[1].float(), whole[1].float(), rtol=2e-3) and (parts[0] == whole[0]).float().mean() > 0.99
+
+
+def test_a_head_is_fitted_to_its_rounded_inputs(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "model", "mistral")
+    errors = []
+    for rounded in (False, True):
+        weights = {"method": "gptq", "targets": ["lm_head"], "activation_bits": 4, "rounded_inputs": rounded}
+        report = run(source, Recipe.from_dict({**tiny_recipe(), "weights": weights}), tmp_path / f"{rounded}")
+        (head,) = report.modules
+        layer = compress.load(tmp_path / f"{rounded}").lm_head
+        errors.append((head.error, layer.dense_weight()))
+    assert not torch.equal(errors[0][1], errors[1][1])
+    assert errors[1][0] > errors[0][0], "the error is that of rounded inputs"
+
+
+def test_importance_follows_the_moments() -> None:
+    """Sensitivities are read to the CPU, moments stay where they were gathered."""
+    inputs = SecondMoment(torch.eye(4, dtype=torch.float64, device="meta"))
+    assert inputs.for_outputs(torch.ones(3)).importance_N.is_meta and inputs.for_outputs(None).importance_N is None
 
 
 def test_uncorrelated_inputs_leave_nothing_to_feed_back() -> None:
