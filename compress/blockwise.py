@@ -142,13 +142,9 @@ def _compress_head(
     if done:
         return read_block(staging, HEAD)[1]
     materialise_head(model, prepared.source, prepared.plan.blocks_name, prepared.dtype, prepared.device)
-    gram: Gram | SeenGram
-    if views := _views([job]):
-        gram, (_, seen) = SeenGram(job.spec["in_features"], prepared.device), views[job.name]
-        runner.run_head(model.get_submodule(job.name), lambda x, mask: gram.add(x, seen(x), mask))
-    else:
-        gram = Gram(job.spec["in_features"], prepared.device)
-        runner.run_head(model.get_submodule(job.name), gram.add)
+    _, seen = _views([job]).get(job.name, (None, None))
+    gram = (SeenGram if seen else Gram)(job.spec["in_features"], prepared.device)
+    runner.run_head(model.get_submodule(job.name), (lambda x, mask: gram.add(x, seen(x), mask)) if seen else gram.add)
     packed, reports = _compress_jobs(prepared, [job], {job.name: gram}, progress)
     write_block(staging, HEAD, lineage.of(HEAD), packed, reports)
     return reports

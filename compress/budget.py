@@ -24,9 +24,9 @@ def settled(options: object, dense_bytes: int, other_bytes: int) -> object:
     if size is not None and bits is not None:
         raise CompressError("recipe: weights.target_size and weights.target_bits exclude each other; give one of them")
     ratio = 1 - (bits / 16 if bits is not None else (size - other_bytes) / dense_bytes)
-    if not 0 <= ratio < 1 and bits is not None:
-        raise CompressError(f"recipe: weights.target_bits {bits} leaves nothing of the matrices; choose more")
     if not 0 <= ratio < 1:
+        if bits is not None:
+            raise CompressError(f"recipe: weights.target_bits {bits} leaves nothing of the matrices; choose more")
         least, most = megabytes(other_bytes), megabytes(dense_bytes + other_bytes)
         raise CompressError(
             f"recipe: weights.target_size {megabytes(size)} cannot be met: the matrices to compress take "

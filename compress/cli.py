@@ -155,8 +155,8 @@ def evaluate(
     if dataset == "none" and not names:
         raise CompressError("nothing to measure: give --tasks, or a --dataset")
     of_tasks = {"--data": data, "--limit": limit, "--shots": shots}
-    if not names and any(value is not None for value in of_tasks.values()):
-        given = next(option for option, value in of_tasks.items() if value is not None)
+    given = next((option for option, value in of_tasks.items() if value is not None), None)
+    if given and not names:
         raise CompressError(f"{given} is an option of tasks: give --tasks, for example --tasks piqa")
     texts.local_file(dataset)  # before models are loaded for nothing
     _require_writable(output)

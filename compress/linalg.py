@@ -29,6 +29,7 @@ class SecondMoment:
         self.cross_II = self.gram_II if cross_II is None else cross_II.double()
         self.unseen = unseen
         self.importance_N: Tensor | None = None
+        self._damped: dict[float, Tensor] = {}
         self._whitenings: dict[float, tuple[Tensor, Tensor]] = {}
         self._inverses: dict[float, tuple[Tensor, Tensor]] = {}
 
@@ -72,6 +73,12 @@ class SecondMoment:
         if damping not in self._whitenings:
             self._whitenings[damping] = whitening(self.gram_II, damping)
         return self._whitenings[damping]
+
+    def damped(self, damping: float) -> Tensor:
+        """`damped(gram_II, damping)`, remembered: a search asks for every size of every matrix."""
+        if damping not in self._damped:
+            self._damped[damping] = damped(self.gram_II, damping)
+        return self._damped[damping]
 
     def unit_inverse(self, ridge: float) -> tuple[Tensor, Tensor]:
         """The root of the diagonal `[I]`, and the inverse of the Gram matrix of inputs divided by it, plus a ridge: computed

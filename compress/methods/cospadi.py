@@ -24,7 +24,7 @@ from torch import Tensor
 from compress.kernels.pack import pack_signed
 from compress.layers import Spec
 from compress.layers.sparse_dictionary import atom_groups, packed_codes
-from compress.linalg import SecondMoment, damped, power_of_two
+from compress.linalg import SecondMoment, power_of_two
 from compress.methods import bf16
 from compress.methods._dictionary_sizes import Config, alternatives, kinds, plan
 from compress.quantizer import SCALE_DTYPE, dequantize, groups_of, quantize, search_scale
@@ -52,7 +52,7 @@ def compress(weight_NI: Tensor, inputs: SecondMoment, spec: Spec, config: Config
     weight = weight_NI.double()
     scale = power_of_two(weight)
     weight = weight / scale  # solvers square what they get: tiny weights would vanish
-    gram = damped(inputs.gram_II, config.damping)
+    gram = inputs.damped(config.damping)
     tensors: dict[str, Tensor] = {}
     mask = None
     if not spec["num_atoms"]:
