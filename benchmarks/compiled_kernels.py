@@ -27,6 +27,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -90,9 +91,11 @@ ALIGNED = {
     "packed_expand": ("N", "K", "row_values", "mask_bytes", "group_size", "out_stride"),
     "transform": ("x_stride", "y_stride", "plane"),
     "rounded_product": ("low_bytes", "high_bytes"),
+    "group_scores": ("packed_outer", "packed_row", "affine_outer", "affine_row", "scores_outer", "scores_row"),
+    "group_sums": ("packed_outer", "packed_row", "affine_outer", "weights_outer", "weights_row", "rows"),
 }
 INTEGER = re.compile(r"IG?MMA|v_mfma_i32")
-ATTENTION = {"TOKENS": gpu_attention.TOKENS, "QUERIES": gpu_attention.QUERIES, "EIGHT_BITS": True, "PRECISION": "tf32x3"}
+ATTENTION = {"EIGHT_BITS": True, "KIND": tl.bfloat16}
 # numbers of a group, runs, block, dtype of scales, ranges tried: the defaults of squat, values and kivi; then the largest
 PACKING = [
     (64, 128, 8, EIGHT_BITS, 5), (32, 4, 0, EIGHT_BITS, 0), (64, 128, 0, EIGHT_BITS, 5), (64, 128, 8, torch.bfloat16, 5),
@@ -194,24 +197,14 @@ def packed_cases(quick: bool, hopper: bool) -> list[tuple[str, object, dict]]:
         for bits in widths
         for eight in (True, False)
     ]
-    found += [
-        (
-            f"group_scores {bits} width {width}",
-            gpu_attention.group_scores,
-            {"BITS": bits, "CENTRE": True, "WIDTH": width, **ATTENTION},
-        )
-        for bits in widths
-        for width in ([128] if quick else [64, 128, 256])
-    ]
-    parts = {"CHANNELS": gpu_attention.CHANNELS, "PART": gpu_attention.PART, "TOKENS": gpu_attention.SUMMED}
-    found += [
-        (f"group_sums {bits}{' one run' * one_run}", gpu_attention.group_sums, {"BITS": bits, **ATTENTION, **parts, **runs})
-        for bits in widths
-        for one_run, runs in (
-            (True, {"ONE_RUN": True, "CHANNELS": 32}),
-            (False, {"ONE_RUN": False, "TOKENS": gpu_attention.TOKENS}),
-        )
-    ]
+    for bits in widths:
+        for width, queries in [(128, 4)] if quick else [(64, 3), (128, 4), (128, 8), (128, 16), (256, 4), (256, 16)]:
+            name = f"{bits} width {width} queries {queries}"
+            few = min(queries, gpu_attention.QUERIES // (1 if hopper or width <= gpu_attention.WIDE else 2))
+            constants = gpu_attention.constants_of_scores(bits, few, width, width, 64) | {"CENTRE": True} | ATTENTION
+            found.append((f"group_scores {name}", gpu_attention.group_scores, constants))
+            constants = gpu_attention.constants_of_sums(bits, queries, width, width // 32) | ATTENTION
+            found.append((f"group_sums {name}", gpu_attention.group_sums, constants))
     return [*found, ("add_up", gpu.add_up, {"ADDED": gpu.ADDED})]
 
 
@@ -234,7 +227,7 @@ def decode_cases(quick: bool) -> list[Case]:
     found = []
     for bits, masked in [(4, False), (16, True)] if quick else [(b, m) for b in (*range(2, 9), 16) for m in (False, True)]:
         if masked or bits < 16:
-            rows, warps = gpu_decode.MASKED_TILE if masked else (gpu_decode.ROWS, gpu_decode.WARPS)
+            rows, warps = gpu_decode.masked_tile(bits) if masked else (gpu_decode.ROWS, gpu_decode.WARPS)
             constants = {
                 "BITS": bits, "MASKED": masked, "GROUP": 16, "UNITS": masked and bits < 16, "ROWS": rows,
                 "EIGHTS": gpu_decode.LANES * warps,
@@ -252,6 +245,8 @@ def compiled(kernel: object, constants: dict, options: dict, target: str) -> obj
     types["affine"] = "*u8" if constants.get("EIGHT_BITS") else "*bf16"
     if kernel is gpu_packing.group_pack:  # scales are written as they are stored
         types["affine"] = "*u8" if constants["UNITS"] else "*i16"
+    if kernel in (gpu_attention.group_scores, gpu_attention.group_sums):
+        types["packed"] = {2: "*i16", 4: "*i32", 8: "*i64"}.get(constants["BITS"], "*u8")
     products = gpu_products.packed_product, gpu_products.packed_expand, gpu_decode.decode_product
     if kernel in products and not constants["MASKED"]:
         words = {2: "*i16", 4: "*i32"} | ({8: "*i64"} if kernel is gpu_decode.decode_product else {})

@@ -28,11 +28,8 @@ if triton:
         stored = tl.load(at, mask=used, other=0)
         if EIGHT_BITS:
             byte = stored.to(tl.int32)
-            exponent, mantissa = (byte >> 3) & 15, byte & 7
-            normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
-            size = tl.where(exponent > 0, normal, mantissa.to(tl.float32) * 0.001953125)
-            size = tl.where((byte & 127) == 127, float("nan"), size)  # the one NaN; there is no infinity
-            return tl.where(byte > 127, -size, size) * unit
+            half = (((byte & 128) << 8) | ((byte & 127) << 7)).to(tl.int16).to(tl.float16, bitcast=True)  # 2^-8 of it
+            return tl.where((byte & 127) == 127, float("nan"), half.to(tl.float32)) * (unit * 256)  # no infinity, one NaN
         return stored.to(tl.float32)
 
     @triton.jit

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LANES = 32
 ROWS, WARPS = 8, 4  # of a program, at most; a lane has an eight of every row
-MASKED_TILE = 2, 1  # rows and warps; a warp counts the values before its columns
+MASKED_TILE, MASKED_TILE_16 = (2, 1), (4, 2)  # rows and warps behind a mask, of codes and of 16-bit values
 FILLED = 3  # programs for every processor
 MOST_TOKENS = 1
 
@@ -135,12 +135,17 @@ def write_product(x_MK: Tensor, weight: Weight, y_MN: Tensor) -> None:
     masked, bits = weight.constants["MASKED"], weight.constants["BITS"]
     if bits == 8 and not masked:
         values = as_words(values, torch.int64)  # eights, as codes of 2 and 4 bits are
-    rows, warps = MASKED_TILE if masked else (rows_of(weight.rows, x_MK.device), WARPS)
+    rows, warps = masked_tile(bits) if masked else (rows_of(weight.rows, x_MK.device), WARPS)
     decode_product[(triton.cdiv(weight.rows, rows), len(x_MK))](
         x_MK, values, scale, mask, y_MN, weight.rows, columns, values.shape[1], mask_bytes, units // 8, groups, unit_groups,
         x_MK.stride(0), triton.cdiv(columns, 8), BITS=bits, MASKED=masked, GROUP=group // 8 if group < columns else 0,
         UNITS=0 < units < columns, ROWS=rows, EIGHTS=LANES * warps, num_warps=warps,
     )  # fmt: skip
+
+
+def masked_tile(bits: int) -> tuple[int, int]:
+    """Rows and warps of a program of bitmask-packed rows."""
+    return MASKED_TILE_16 if bits == 16 else MASKED_TILE
 
 
 def rows_of(outputs: int, device: torch.device) -> int:

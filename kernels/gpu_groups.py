@@ -17,7 +17,7 @@ if triton:
     import triton.language as tl
 
     from compress.kernels.gpu import affine_at
-    from compress.kernels.gpu_tiles import codes_of
+    from compress.kernels.gpu_tiles import eights, numbers_of
 
     @triton.jit
     def group_expand(
@@ -31,7 +31,7 @@ if triton:
         k = tl.program_id(1) * 8 * EIGHTS + tl.arange(0, 8 * EIGHTS)
         here, wide = (r < rows)[:, None], r.to(tl.int64)[:, None]
         row, pair = packed + o * packed_outer + wide * packed_row, affine + o * affine_outer + wide * affine_row
-        code = codes_of(row, e, here & (8 * e < K)[None, :], BITS).to(tl.float32)
+        code = numbers_of(eights(row, e, here & (8 * e < K)[None, :], BITS, False), BITS, tl.float32)
         scale_unit, start_unit = 1.0, 1.0
         if EIGHT_BITS:
             scale_unit, start_unit = tl.load(unit_pairs + 2 * o), tl.load(unit_pairs + 2 * o + 1)

@@ -36,12 +36,21 @@ if triton:
         return tl.reshape(tl.join(even, odd), (c0.shape[0], 8 * c0.shape[1]))
 
     @triton.jit
-    def codes_of(row, e, used, BITS: tl.constexpr):
-        """Codes of runs e of rows, [R, 8 E] int32."""
-        word = eights(row, e, used, BITS, False)
+    def number_of(word, i: tl.constexpr, half, BITS: tl.constexpr, KIND: tl.constexpr):
+        """Code i of runs read as one number, less `half`, which is exact in bf16, too."""
+        code = code_of(word, i, BITS)
+        if tl.bfloat16 == KIND and BITS < 8:  # below 128 a code is the end of the mantissa of 128 + code: no conversion
+            return (code | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - (128 + half)
+        else:
+            return (code - half).to(KIND)
+
+    @triton.jit
+    def numbers_of(word, BITS: tl.constexpr, KIND: tl.constexpr):
+        """The codes of runs read as one number each, [R, E] to [R, 8 E]."""
         return joined(
-            code_of(word, 0, BITS), code_of(word, 1, BITS), code_of(word, 2, BITS), code_of(word, 3, BITS),
-            code_of(word, 4, BITS), code_of(word, 5, BITS), code_of(word, 6, BITS), code_of(word, 7, BITS),
+            number_of(word, 0, 0, BITS, KIND), number_of(word, 1, 0, BITS, KIND), number_of(word, 2, 0, BITS, KIND),
+            number_of(word, 3, 0, BITS, KIND), number_of(word, 4, 0, BITS, KIND), number_of(word, 5, 0, BITS, KIND),
+            number_of(word, 6, 0, BITS, KIND), number_of(word, 7, 0, BITS, KIND),
         )  # fmt: skip
 
     @triton.jit
@@ -69,11 +78,7 @@ if triton:
                 code = (code >> (bit & 7)) & ((1 << BITS) - 1)
                 return tl.where(kept != 0, code - half, 0).to(KIND), at + kept
         else:
-            code = code_of(word, i, BITS)
-            if tl.bfloat16 == KIND:  # below 128 a code is the end of the mantissa of 128 + code: no conversion
-                return (code | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - (128 + half), at
-            else:
-                return (code - half).to(KIND), at
+            return number_of(word, i, half, BITS, KIND), at
 
     @triton.jit
     def stored_of(

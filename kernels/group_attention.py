@@ -32,20 +32,28 @@ def group_scores(
     runs: int,
     units: Tensor | None = None,
     centre: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Products of queries with every token, `[batch, heads, queries, tokens]` fp32.
 
     Args:
         query: `[batch, heads, queries of a head, channels]`.
         packed, affine, bits, runs, units, centre: as in `expand_groups`.
+        out: where to write them, and what is returned then; its rows may be parts of longer ones.
     """
-    if query.is_cuda and _fits_gpu(packed, affine, query, query.shape[-1]):
-        return gpu_attention.scores(query, packed, affine, bits, runs, units, centre)
-    if fits_cpu(packed, affine, query, runs) and query.shape[-1] % 8 == 0:
+    width = query.shape[-1]
+    if query.is_cuda and _fits_gpu(packed, affine, query, width):
+        if out is None:
+            tokens = packed.shape[2] * tokens_of_row(packed, bits, width)
+            out = query.new_empty(*query.shape[:3], tokens, dtype=torch.float32)
+        gpu_attention.write_scores(query, packed, affine, bits, runs, units, centre, out)
+        return out
+    scores = None
+    if fits_cpu(packed, affine, query, runs) and width % 8 == 0:
         scores = cpu.group_scores(query, packed, affine, bits, runs, units, centre)
-        if scores is not None:
-            return scores
-    return group_scores_reference(query, packed, affine, bits, runs, units, centre)
+    if scores is None:
+        scores = group_scores_reference(query, packed, affine, bits, runs, units, centre)
+    return scores if out is None else out.copy_(scores)
 
 
 def group_scores_reference(

@@ -78,10 +78,13 @@ def _attend(store: GroupStore, queries: Tensor, new: int, scaling: float) -> Ten
     """`[rows, heads, queries of a head, value width]` fp32."""
     scaled = queries.float() * scaling
     exact_keys, exact_values = store.exact_keys.rows(), store.exact_values.rows()
-    exact = scaled @ exact_keys.float().mT
+    counts = exact_keys.shape[2], store.value_codes.length
+    weights = scaled.new_empty(*scaled.shape[:3], sum(counts))
+    exact, packed = weights.split(counts, dim=-1)
+    exact.copy_(scaled @ exact_keys.float().mT)
     if new > 1:
         later = torch.ones(new, new, dtype=torch.bool, device=queries.device).triu(1)
         exact.unflatten(2, (-1, new))[..., -new:].masked_fill_(later, -torch.inf)
-    weights = torch.cat([exact, group_scores(scaled, *store.packed_keys())], dim=-1).softmax(dim=-1)
-    exact, packed = weights.split([exact_keys.shape[2], weights.shape[-1] - exact_keys.shape[2]], dim=-1)
+    group_scores(scaled, *store.packed_keys(), out=packed)
+    exact, packed = weights.softmax(dim=-1).split(counts, dim=-1)
     return exact @ exact_values.float() + group_sums(packed, *store.packed_values())
