@@ -35,6 +35,7 @@ from compress.kernels import (
     gpu,
     gpu_attention,
     gpu_decode,
+    gpu_group_products,
     gpu_groups,
     gpu_hadamard,
     gpu_packing,
@@ -58,10 +59,13 @@ POINTERS = {
     "mask": "*u8",
     "unit_pairs": "*fp32",
     "centre": "*fp32",
-    "query": "*fp32",
+    "query": "*bf16",
     "scores": "*fp32",
-    "weights": "*fp32",
     "sums": "*fp32",
+    "totals": "*fp32",
+    "tops": "*fp32",
+    "keys": "*bf16",
+    "scaling": "fp32",
     "states": "*bf16",
     "order": "*i64",
     "moves": "*fp32",
@@ -91,8 +95,9 @@ ALIGNED = {
     "packed_expand": ("N", "K", "row_values", "mask_bytes", "group_size", "out_stride"),
     "transform": ("x_stride", "y_stride", "plane"),
     "rounded_product": ("low_bytes", "high_bytes"),
-    "group_scores": ("packed_outer", "packed_row", "affine_outer", "affine_row", "scores_outer", "scores_row"),
-    "group_sums": ("packed_outer", "packed_row", "affine_outer", "weights_outer", "weights_row", "rows"),
+    "group_scores": ("packed_outer", "packed_row", "affine_outer", "affine_row", "scores_outer"),
+    "group_sums": ("packed_outer", "packed_row", "affine_outer", "rows"),
+    "group_finish": ("keys_outer", "keys_row", "values_outer", "values_row"),
 }
 INTEGER = re.compile(r"IG?MMA|v_mfma_i32")
 ATTENTION = {"EIGHT_BITS": True, "KIND": tl.bfloat16}
@@ -197,14 +202,21 @@ def packed_cases(quick: bool, hopper: bool) -> list[tuple[str, object, dict]]:
         for bits in widths
         for eight in (True, False)
     ]
-    for bits in widths:
-        for width, queries in [(128, 4)] if quick else [(64, 3), (128, 4), (128, 8), (128, 16), (256, 4), (256, 16)]:
-            name = f"{bits} width {width} queries {queries}"
-            few = min(queries, gpu_attention.QUERIES // (1 if hopper or width <= gpu_attention.WIDE else 2))
-            constants = gpu_attention.constants_of_scores(bits, few, width, width, 64) | {"CENTRE": True} | ATTENTION
-            found.append((f"group_scores {name}", gpu_attention.group_scores, constants))
-            constants = gpu_attention.constants_of_sums(bits, queries, width, width // 32) | ATTENTION
-            found.append((f"group_sums {name}", gpu_attention.group_sums, constants))
+    for width, queries in [(128, 4)] if quick else [(64, 3), (128, 4), (128, 8), (128, 16), (256, 4), (256, 16)]:
+        queries = min(queries, gpu_group_products.most_queries(hopper))
+        name = f"width {width} queries {queries}"
+        constants = gpu_attention.constants(queries, width, width) | {
+            "CHANNELS": gpu_attention.CHANNELS,
+            "PRECISION": "tf32x3",
+        }
+        found.append((f"group_finish {name}", gpu_attention.group_finish, constants))
+        for bits in widths:
+            for dtype in (torch.bfloat16, torch.float32):
+                constants = gpu_group_products.constants_of_scores(bits, queries, width, width, 64, dtype) | ATTENTION
+                case = f"{bits} {name} {dtype}"
+                found.append((f"group_scores {case}", gpu_group_products.group_scores, constants | {"CENTRE": True}))
+                constants = gpu_group_products.constants_of_sums(bits, queries, width, width // 32, dtype) | ATTENTION
+                found.append((f"group_sums {case}", gpu_group_products.group_sums, constants))
     return [*found, ("add_up", gpu.add_up, {"ADDED": gpu.ADDED})]
 
 
@@ -241,11 +253,11 @@ def compiled(kernel: object, constants: dict, options: dict, target: str) -> obj
     if "PRECISION" in constants and target.startswith("gfx"):
         constants = constants | {"PRECISION": "ieee"}
     types = POINTERS | TYPES.get(kernel.fn.__name__, {})
-    types["values"] = "*bf16" if constants.get("BITS") == 16 else "*u8"
+    types["values"] = "*bf16" if constants.get("BITS", 16) == 16 else "*u8"
     types["affine"] = "*u8" if constants.get("EIGHT_BITS") else "*bf16"
     if kernel is gpu_packing.group_pack:  # scales are written as they are stored
         types["affine"] = "*u8" if constants["UNITS"] else "*i16"
-    if kernel in (gpu_attention.group_scores, gpu_attention.group_sums):
+    if kernel in (gpu_group_products.group_scores, gpu_group_products.group_sums):
         types["packed"] = {2: "*i16", 4: "*i32", 8: "*i64"}.get(constants["BITS"], "*u8")
     products = gpu_products.packed_product, gpu_products.packed_expand, gpu_decode.decode_product
     if kernel in products and not constants["MASKED"]:

@@ -24,8 +24,12 @@ if triton:
 
     @triton.jit
     def affine_at(at, used, unit, EIGHT_BITS: tl.constexpr):
-        """Scales or minima as fp32: 16-bit floats, or the bytes of e4m3, taken apart because sm_80 does not know it."""
-        stored = tl.load(at, mask=used, other=0)
+        """Scales or minima as fp32."""
+        return affine_of(tl.load(at, mask=used, other=0), unit, EIGHT_BITS)
+
+    @triton.jit
+    def affine_of(stored, unit, EIGHT_BITS: tl.constexpr):
+        """The same of what was read: 16-bit floats, or the bytes of e4m3, taken apart because sm_80 does not know it."""
         if EIGHT_BITS:
             byte = stored.to(tl.int32)
             half = (((byte & 128) << 8) | ((byte & 127) << 7)).to(tl.int16).to(tl.float16, bitcast=True)  # 2^-8 of it

@@ -31,7 +31,7 @@ if triton:
         k = tl.program_id(1) * 8 * EIGHTS + tl.arange(0, 8 * EIGHTS)
         here, wide = (r < rows)[:, None], r.to(tl.int64)[:, None]
         row, pair = packed + o * packed_outer + wide * packed_row, affine + o * affine_outer + wide * affine_row
-        code = numbers_of(eights(row, e, here & (8 * e < K)[None, :], BITS, False), BITS, tl.float32)
+        code = numbers_of(eights(row, e, here & (8 * e < K)[None, :], BITS, False), 0, BITS, tl.float32)
         scale_unit, start_unit = 1.0, 1.0
         if EIGHT_BITS:
             scale_unit, start_unit = tl.load(unit_pairs + 2 * o), tl.load(unit_pairs + 2 * o + 1)

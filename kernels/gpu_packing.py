@@ -26,7 +26,7 @@ from torch import Tensor
 
 from compress.kernels.affine_groups import EIGHT_BITS
 from compress.kernels.gpu import precision, triton
-from compress.kernels.gpu_attention import power
+from compress.kernels.gpu_group_products import power
 from compress.kernels.layout import one_outer, outer_stride
 from compress.kernels.pack import packed_width
 from compress.kernels.rounding import NARROWEST

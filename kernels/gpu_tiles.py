@@ -45,13 +45,13 @@ if triton:
             return (code - half).to(KIND)
 
     @triton.jit
-    def numbers_of(word, BITS: tl.constexpr, KIND: tl.constexpr):
-        """The codes of runs read as one number each, [R, E] to [R, 8 E]."""
-        return joined(
-            number_of(word, 0, 0, BITS, KIND), number_of(word, 1, 0, BITS, KIND), number_of(word, 2, 0, BITS, KIND),
-            number_of(word, 3, 0, BITS, KIND), number_of(word, 4, 0, BITS, KIND), number_of(word, 5, 0, BITS, KIND),
-            number_of(word, 6, 0, BITS, KIND), number_of(word, 7, 0, BITS, KIND),
-        )  # fmt: skip
+    def numbers_of(word, half, BITS: tl.constexpr, KIND: tl.constexpr):
+        """The codes of runs read as one number each, less `half`, [R, E] to [R, 8 E]."""
+        c0, c1 = number_of(word, 0, half, BITS, KIND), number_of(word, 1, half, BITS, KIND)
+        c2, c3 = number_of(word, 2, half, BITS, KIND), number_of(word, 3, half, BITS, KIND)
+        c4, c5 = number_of(word, 4, half, BITS, KIND), number_of(word, 5, half, BITS, KIND)
+        c6, c7 = number_of(word, 6, half, BITS, KIND), number_of(word, 7, half, BITS, KIND)
+        return joined(c0, c1, c2, c3, c4, c5, c6, c7)
 
     @triton.jit
     def count_bits(bits):

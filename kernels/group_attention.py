@@ -2,17 +2,21 @@
 
     group_scores    q . k of every token        (q * scale) . code + q . (minimum + centre)
     group_sums      sum over tokens of w v      per channel, sum of (w * scale) code + sum of w * minimum
+    attention       both, with the tokens that are not packed and the softmax
 
 The layout is that of `compress.kernels.affine_groups`. Scales are folded into the query once per row of keys, and into the
 weights once per token of values, so a code costs its unpacking and one multiplication per query; the queries that share a KV
 head share the unpacking. What lies between the two, the softmax, is over one number per token.
 
-The plain-torch form multiplies slices out; it is the reference and runs everywhere. On a CPU the C++ kernel, on a GPU the
-Triton kernel (`compress.kernels.gpu_attention`) reads the codes once.
+The plain-torch form multiplies slices out; it is the reference and runs everywhere. On a CPU C++ kernels of the two products
+read the codes once, on a GPU the Triton kernels of attention as a whole do (`compress.kernels.gpu_attention`).
 Cost: b / 8 bytes read per element, against 4 written and 4 read again by multiplying out.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +28,29 @@ from compress.kernels.layout import one_outer, tokens_of_row
 _SLICE = 1024  # tokens of one pass of the reference
 
 
+def attention(
+    query: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    keys: tuple[Any, ...],
+    values: tuple[Any, ...],
+    new: int,
+    scaling: float,
+) -> Tensor:
+    """The output of attention, `[batch, heads, queries of a head, value width]` in the dtype of the queries.
+
+    Args:
+        query: `[batch, heads, queries of a head, channels]`; queries are the new tokens of one query head after the other.
+        exact_keys, exact_values: `[batch, heads, tokens, width]`, tokens that are not packed, the `new` ones last, which
+            see each other backwards alone.
+        keys: what `group_scores` takes behind the query.
+        values: what `group_sums` takes behind the weights.
+    """
+    if query.is_cuda and _fits_gpu(query, keys, exact_keys) and _fits_gpu(query, values, exact_values):
+        return gpu_attention.attention(query, exact_keys, exact_values, keys, values, new, scaling)
+    return attention_reference(query, exact_keys, exact_values, keys, values, new, scaling, group_scores, group_sums)
+
+
 def group_scores(
     query: Tensor,
     packed: Tensor,
@@ -32,28 +59,18 @@ def group_scores(
     runs: int,
     units: Tensor | None = None,
     centre: Tensor | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Products of queries with every token, `[batch, heads, queries, tokens]` fp32.
 
     Args:
         query: `[batch, heads, queries of a head, channels]`.
         packed, affine, bits, runs, units, centre: as in `expand_groups`.
-        out: where to write them, and what is returned then; its rows may be parts of longer ones.
     """
-    width = query.shape[-1]
-    if query.is_cuda and _fits_gpu(packed, affine, query, width):
-        if out is None:
-            tokens = packed.shape[2] * tokens_of_row(packed, bits, width)
-            out = query.new_empty(*query.shape[:3], tokens, dtype=torch.float32)
-        gpu_attention.write_scores(query, packed, affine, bits, runs, units, centre, out)
-        return out
-    scores = None
-    if fits_cpu(packed, affine, query, runs) and width % 8 == 0:
+    if fits_cpu(packed, affine, query, runs) and query.shape[-1] % 8 == 0:
         scores = cpu.group_scores(query, packed, affine, bits, runs, units, centre)
-    if scores is None:
-        scores = group_scores_reference(query, packed, affine, bits, runs, units, centre)
-    return scores if out is None else out.copy_(scores)
+        if scores is not None:
+            return scores
+    return group_scores_reference(query, packed, affine, bits, runs, units, centre)
 
 
 def group_scores_reference(
@@ -86,8 +103,6 @@ def group_sums(
         weights: `[batch, heads, queries of a head, tokens]`.
         packed, affine: with one token to a row.
     """
-    if weights.is_cuda and _fits_gpu(packed, affine, weights, width):
-        return gpu_attention.sums(weights, packed, affine, bits, runs, width, units)
     if fits_cpu(packed, affine, weights, runs) and width % 8 == 0:
         sums = cpu.group_sums(weights, packed, affine, bits, runs, width, units)
         if sums is not None:
@@ -107,13 +122,36 @@ def group_sums_reference(
     return sums
 
 
+def attention_reference(
+    query: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    keys: tuple[Any, ...],
+    values: tuple[Any, ...],
+    new: int,
+    scaling: float,
+    scores: Callable[..., Tensor] = group_scores_reference,
+    sums: Callable[..., Tensor] = group_sums_reference,
+) -> Tensor:
+    """The same in torch, around two products."""
+    scaled = query.float() * scaling
+    exact = scaled @ exact_keys.float().mT
+    if new > 1:
+        later = torch.ones(new, new, dtype=torch.bool, device=query.device).triu(1)
+        exact.unflatten(2, (-1, new))[..., -new:].masked_fill_(later, -torch.inf)
+    weights = torch.cat([exact, scores(scaled, *keys)], dim=-1).softmax(dim=-1)
+    exact, packed = weights.split([exact_keys.shape[2], weights.shape[-1] - exact_keys.shape[2]], dim=-1)
+    return (exact @ exact_values.float() + sums(packed, *values)).to(query.dtype)
+
+
 def in_place(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether attention had better run on packed bytes than on states multiplied out."""
     return dtype != torch.float64 and (device.type == "cpu" or (device.type == "cuda" and gpu.triton is not None))
 
 
-def _fits_gpu(packed: Tensor, affine: Tensor, states: Tensor, width: int) -> bool:
-    return width % 8 == 0 and gpu.usable(states) and one_outer(packed) and one_outer(affine)
+def _fits_gpu(query: Tensor, stored: tuple[Any, ...], exact: Tensor) -> bool:
+    whole = all(map(one_outer, (*stored[:2], exact)))
+    return whole and exact.shape[-1] % 8 == 0 and gpu.usable(query) and exact.dtype != torch.float64
 
 
 def _multiplied_out(

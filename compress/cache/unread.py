@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from compress.cache.groups import GroupStore
-from compress.kernels.group_attention import group_scores, group_sums
+from compress.kernels.group_attention import attention
 
 
 class Unread(Tensor):
@@ -68,23 +68,13 @@ def attend(stores: list[GroupStore], query: Tensor, scaling: float) -> Tensor:
     if len(stores) == 1:
         out = _attend(stores[0], queries, new, scaling)
     else:
-        out = torch.empty(*queries.shape[:3], stores[0].value_dim, dtype=torch.float32, device=query.device)
+        out = queries.new_empty(*queries.shape[:3], stores[0].value_dim)
         for store in stores:
             out[store.rows] = _attend(store, queries[store.rows], new, scaling)
-    return out.unflatten(2, (-1, new)).flatten(1, 2).transpose(1, 2).contiguous().to(query.dtype)
+    return out.unflatten(2, (-1, new)).flatten(1, 2).transpose(1, 2).contiguous()
 
 
 def _attend(store: GroupStore, queries: Tensor, new: int, scaling: float) -> Tensor:
-    """`[rows, heads, queries of a head, value width]` fp32."""
-    scaled = queries.float() * scaling
-    exact_keys, exact_values = store.exact_keys.rows(), store.exact_values.rows()
-    counts = exact_keys.shape[2], store.value_codes.length
-    weights = scaled.new_empty(*scaled.shape[:3], sum(counts))
-    exact, packed = weights.split(counts, dim=-1)
-    exact.copy_(scaled @ exact_keys.float().mT)
-    if new > 1:
-        later = torch.ones(new, new, dtype=torch.bool, device=queries.device).triu(1)
-        exact.unflatten(2, (-1, new))[..., -new:].masked_fill_(later, -torch.inf)
-    group_scores(scaled, *store.packed_keys(), out=packed)
-    exact, packed = weights.softmax(dim=-1).split(counts, dim=-1)
-    return exact @ exact_values.float() + group_sums(packed, *store.packed_values())
+    """`[rows, heads, queries of a head, value width]`."""
+    exact = store.exact_keys.rows(), store.exact_values.rows()
+    return attention(queries, *exact, store.packed_keys(), store.packed_values(), new, scaling)

@@ -15,9 +15,9 @@ os.environ["TRITON_INTERPRET"] = "1" if sys.argv[1] == "cpu" else "0"
 
 import torch
 
-from compress.kernels import gpu, gpu_attention, gpu_groups, gpu_products
+from compress.kernels import gpu, gpu_attention, gpu_group_products, gpu_groups, gpu_products
 from compress.kernels.affine_groups import EIGHT_BITS, expand_groups_reference
-from compress.kernels.group_attention import group_scores_reference, group_sums_reference
+from compress.kernels.group_attention import attention_reference, group_scores_reference
 from compress.kernels.mixed_precision import dequantize_part, mixed_precision_cuda
 from compress.kernels.pack import pack, pack_signed
 from compress.kernels.sparse_dictionary import pack_mask, sparse_dictionary_cuda
@@ -27,6 +27,7 @@ WIDTHS = {int(bits) for bits in sys.argv[2:]} or {2, 3, 4, 5, 6, 7, 8, 16}
 torch.manual_seed(0)
 HALF = torch.float16 if sys.argv[1] == "cpu" else torch.bfloat16  # the interpreter gets bf16 wrong
 errors: dict[str, float] = {}
+empty = torch.empty
 
 
 def note(name: str, got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -153,41 +154,52 @@ for bits in sorted(WIDTHS & {2, 3, 4, 8}):
         )
 
 
+def stored(rows: int, tokens: int, bits: int, runs: int, run: int, kind: torch.dtype) -> tuple:
+    """Packed rows of a larger buffer, as attention takes them, but for the centre; units are what 1.0 stands for."""
+    codes = torch.randint(0, 1 << bits, (2, 3, rows, tokens * runs * run), dtype=torch.uint8)
+    packed = torch.full((2, 3, rows + 2, pack(codes, bits).shape[-1]), 255, dtype=torch.uint8)
+    packed[:, :, :rows] = pack(codes, bits)
+    affine, units = (torch.randn(2, 3, rows, 2 * runs) / (1 << (bits - 2))).to(kind), None
+    if kind == EIGHT_BITS:
+        affine, units = affine.view(torch.uint8), torch.rand(2, 3, 2) + 0.5
+    return packed[:, :, :rows], affine, bits, runs, units
+
+
+def part_of(*shape: int) -> torch.Tensor:
+    """Random rows of a larger buffer."""
+    return torch.randn(2, 3, shape[0] + 5, shape[1])[:, :, : shape[0]]
+
+
 for bits in sorted(WIDTHS & {2, 3, 4, 8}):
     for rows, tokens, queries, runs, run, kind in (
-        (3, 40, 3, 48, 1, EIGHT_BITS), (2, 8, 1, 6, 4, torch.bfloat16), (1, 33, 17, 16, 1, torch.float16),
+        (3, 40, 3, 48, 1, EIGHT_BITS), (2, 8, 1, 6, 4, torch.bfloat16), (1, 33, 16, 16, 1, torch.float16),
         (2, 150, 9, 16, 1, EIGHT_BITS),
     ):  # fmt: skip
         width = runs * run
-        codes = torch.randint(0, 1 << bits, (2, 3, rows, tokens * width), dtype=torch.uint8)
-        packed = torch.full((2, 3, rows + 2, pack(codes, bits).shape[-1]), 255, dtype=torch.uint8)
-        packed[:, :, :rows] = pack(codes, bits)
-        affine, units = torch.randn(2, 3, rows, 2 * runs).to(kind), None
-        if kind == EIGHT_BITS:
-            affine, units = affine.view(torch.uint8), torch.rand(2, 3, 2) + 0.5
-        case = packed[:, :, :rows], affine, bits, runs
+        *case, units = stored(rows, tokens, bits, runs, run, kind)
         query, centre = torch.randn(2, 3, queries, width), torch.randn(2, 3, width) if run == 1 else None
+        want = group_scores_reference(0.5 * query, *case, units, centre)
+        torch.empty = lambda *shape, **_: poisoned(*shape)
+        got = gpu_group_products.scores(query, 0.5, *case, units, centre)
+        torch.empty = empty
         name = f"{bits} bits {rows}x{tokens}x{runs}x{run} {kind}"
-        want = group_scores_reference(query, *case, units, centre)
-        wide = poisoned(2, 3, queries, rows * tokens + 5)  # rows that are parts of longer ones
-        got = wide[..., 3:-2]
-        gpu_attention.write_scores(query, *case, units, centre, got)
-        clean = int(wide.isnan().sum()) == wide.numel() - want.numel()
-        errors[f"scores {name}"] = float((got - want).abs().max() / want.abs().max()) if clean else 1.0
-    for rows, queries, runs, run, kind in (
-        (5, 3, 2, 24, EIGHT_BITS),
-        (601, 1, 2, 32, torch.bfloat16),
-        (70, 2, 1, 48, EIGHT_BITS),
-        (130, 9, 4, 32, EIGHT_BITS),
-        (65, 4, 16, 8, torch.bfloat16),
-    ):
-        width = runs * run
-        codes = torch.randint(0, 1 << bits, (2, 3, rows, width), dtype=torch.uint8)
-        affine, units = torch.randn(2, 3, rows, 2 * runs).to(kind), None
-        if kind == EIGHT_BITS:
-            affine, units = affine.view(torch.uint8), torch.rand(2, 3, 2) + 0.5
-        weights = torch.rand(2, 3, queries, rows + 3)[..., 2:-1]
-        case = pack(codes, bits), affine, bits, runs, width, units
-        want, got = group_sums_reference(weights, *case), gpu_attention.sums(weights, *case)
-        errors[f"sums {bits} bits {rows}x{runs}x{run} {kind}"] = float((got - want).abs().max() / want.abs().max())
+        errors[f"scores {name}"] = float(((got - want).abs().max() / want.abs().max()).nan_to_num(nan=1.0))
+    # groups of packed tokens, tokens of each, exact ones, queries, new ones; channels of keys, runs of values, channels
+    for groups, tokens, exact, queries, new, width, runs, run, kind in (
+        (1, 5, 7, 3, 1, 48, 2, 24, EIGHT_BITS), (15, 40, 70, 2, 2, 16, 2, 32, torch.bfloat16),
+        (2, 35, 1, 1, 1, 8, 1, 48, EIGHT_BITS), (1, 130, 65, 21, 7, 64, 4, 32, EIGHT_BITS),
+        (1, 65, 3, 4, 1, 16, 16, 8, torch.float16),
+    ):  # fmt: skip
+        *keys, key_units = stored(groups, tokens, bits, width, 1, kind)
+        *values, value_units = stored(groups * tokens, 1, bits, runs, run, kind)
+        keys, values = (*keys, key_units, torch.randn(2, 3, width)), (*values, runs * run, value_units)
+        query, exact = torch.randn(2, 3, queries, width), (part_of(exact, width), part_of(exact, runs * run))
+        for dtype in (torch.float32, HALF):
+            case = query.to(dtype), *(states.to(dtype) for states in exact), keys, values, new, 0.3
+            want = attention_reference(case[0].float(), *case[1:])
+            got = gpu_attention.attention(*case)
+            assert got.dtype == dtype
+            name = f"attention {bits} bits {groups}x{tokens}x{runs}x{run} {kind} {queries} queries {dtype}"
+            errors[name] = float(((got - want).abs().max() / want.abs().max()).nan_to_num(nan=1.0))
+            errors[name] /= {torch.float32: 1, torch.float16: 1024, torch.bfloat16: 8192}[dtype]
 sys.stdout.write(json.dumps(errors))
