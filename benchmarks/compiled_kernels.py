@@ -211,7 +211,7 @@ def packed_cases(quick: bool, hopper: bool) -> list[tuple[str, object, dict]]:
         }
         found.append((f"group_finish {name}", gpu_attention.group_finish, constants))
         for bits in widths:
-            for dtype in (torch.bfloat16, torch.float32):
+            for dtype in (torch.bfloat16, torch.float32) if width == 128 else (torch.float32,):  # three parts or two
                 constants = gpu_group_products.constants_of_scores(bits, queries, width, width, 64, dtype) | ATTENTION
                 case = f"{bits} {name} {dtype}"
                 found.append((f"group_scores {case}", gpu_group_products.group_scores, constants | {"CENTRE": True}))

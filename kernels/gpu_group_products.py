@@ -103,8 +103,8 @@ if triton:
         CHANNELS: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, TOKENS: tl.constexpr, KIND: tl.constexpr,
         PARTS: tl.constexpr,
     ):  # fmt: skip
-        """Of the rows r of part p the highest of scores[o, q, r] as tops[p, o, q], and the sums of weight = exp(score - top) and
-        of weight (code[o, r] scale[o, r] + minimum[o, r])."""
+        """Of the rows r of part p the highest of scores[o, q, r] as tops[p, o, q], and the sums of weight = exp(score - top)
+        and of weight (code[o, r] scale[o, r] + minimum[o, r])."""
         p, o = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
         c0 = tl.program_id(2) * CHANNELS
         c, e = c0 + tl.arange(0, CHANNELS), c0 // 8 + tl.arange(0, CHANNELS // 8)
