@@ -77,15 +77,14 @@ if triton:
 
 
 def attention(
-    query: Tensor, exact_keys: Tensor, exact_values: Tensor, keys: tuple[Any, ...], values: tuple[Any, ...], new: int,
-    scaling: float,
-) -> Tensor:  # fmt: skip
+    query: Tensor, exact: tuple[Tensor, Tensor], keys: tuple[Any, ...], values: tuple[Any, ...], new: int, scaling: float
+) -> Tensor:
     """`[batch, heads, queries, value width]` in the dtype of the queries."""
     most, shift, found = products.most_queries(hopper()), 0, []
     for part in query.split(most, dim=2):
         part = part.contiguous()
         stored = products.sums(products.scores(part, scaling, *keys), query.dtype, *values)
-        found.append(_finished(part, exact_keys, exact_values, stored, new, shift, scaling))
+        found.append(_finished(part, *exact, stored, new, shift, scaling))
         shift += most
     return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 

@@ -29,26 +29,20 @@ _SLICE = 1024  # tokens of one pass of the reference
 
 
 def attention(
-    query: Tensor,
-    exact_keys: Tensor,
-    exact_values: Tensor,
-    keys: tuple[Any, ...],
-    values: tuple[Any, ...],
-    new: int,
-    scaling: float,
+    query: Tensor, exact: tuple[Tensor, Tensor], keys: tuple[Any, ...], values: tuple[Any, ...], new: int, scaling: float
 ) -> Tensor:
     """The output of attention, `[batch, heads, queries of a head, value width]` in the dtype of the queries.
 
     Args:
         query: `[batch, heads, queries of a head, channels]`; queries are the new tokens of one query head after the other.
-        exact_keys, exact_values: `[batch, heads, tokens, width]`, tokens that are not packed, the `new` ones last, which
-            see each other backwards alone.
+        exact: keys and values `[batch, heads, tokens, width]` of tokens that are not packed, the `new` ones last, which see
+            each other backwards alone.
         keys: what `group_scores` takes behind the query.
         values: what `group_sums` takes behind the weights.
     """
-    if query.is_cuda and _fits_gpu(query, keys, exact_keys) and _fits_gpu(query, values, exact_values):
-        return gpu_attention.attention(query, exact_keys, exact_values, keys, values, new, scaling)
-    return attention_reference(query, exact_keys, exact_values, keys, values, new, scaling, group_scores, group_sums)
+    if query.is_cuda and _fits_gpu(query, keys, exact[0]) and _fits_gpu(query, values, exact[1]):
+        return gpu_attention.attention(query, exact, keys, values, new, scaling)
+    return attention_reference(query, exact, keys, values, new, scaling, group_scores, group_sums)
 
 
 def group_scores(
@@ -123,25 +117,18 @@ def group_sums_reference(
 
 
 def attention_reference(
-    query: Tensor,
-    exact_keys: Tensor,
-    exact_values: Tensor,
-    keys: tuple[Any, ...],
-    values: tuple[Any, ...],
-    new: int,
-    scaling: float,
-    scores: Callable[..., Tensor] = group_scores_reference,
-    sums: Callable[..., Tensor] = group_sums_reference,
-) -> Tensor:
+    query: Tensor, exact: tuple[Tensor, Tensor], keys: tuple[Any, ...], values: tuple[Any, ...], new: int, scaling: float,
+    scores: Callable[..., Tensor] = group_scores_reference, sums: Callable[..., Tensor] = group_sums_reference,
+) -> Tensor:  # fmt: skip
     """The same in torch, around two products."""
-    scaled = query.float() * scaling
-    exact = scaled @ exact_keys.float().mT
+    scaled, (exact_keys, exact_values) = query.float() * scaling, exact
+    near = scaled @ exact_keys.float().mT
     if new > 1:
         later = torch.ones(new, new, dtype=torch.bool, device=query.device).triu(1)
-        exact.unflatten(2, (-1, new))[..., -new:].masked_fill_(later, -torch.inf)
-    weights = torch.cat([exact, scores(scaled, *keys)], dim=-1).softmax(dim=-1)
-    exact, packed = weights.split([exact_keys.shape[2], weights.shape[-1] - exact_keys.shape[2]], dim=-1)
-    return (exact @ exact_values.float() + sums(packed, *values)).to(query.dtype)
+        near.unflatten(2, (-1, new))[..., -new:].masked_fill_(later, -torch.inf)
+    weights = torch.cat([near, scores(scaled, *keys)], dim=-1).softmax(dim=-1)
+    near, packed = weights.split([near.shape[-1], weights.shape[-1] - near.shape[-1]], dim=-1)
+    return (near @ exact_values.float() + sums(packed, *values)).to(query.dtype)
 
 
 def in_place(device: torch.device, dtype: torch.dtype) -> bool:

@@ -77,4 +77,4 @@ def attend(stores: list[GroupStore], query: Tensor, scaling: float) -> Tensor:
 def _attend(store: GroupStore, queries: Tensor, new: int, scaling: float) -> Tensor:
     """`[rows, heads, queries of a head, value width]`."""
     exact = store.exact_keys.rows(), store.exact_values.rows()
-    return attention(queries, *exact, store.packed_keys(), store.packed_values(), new, scaling)
+    return attention(queries, exact, store.packed_keys(), store.packed_values(), new, scaling)

@@ -195,7 +195,7 @@ for bits in sorted(WIDTHS & {2, 3, 4, 8}):
         keys, values = (*keys, key_units, torch.randn(2, 3, width)), (*values, runs * run, value_units)
         query, exact = torch.randn(2, 3, queries, width), (part_of(exact, width), part_of(exact, runs * run))
         for dtype in (torch.float32, HALF):
-            case = query.to(dtype), *(states.to(dtype) for states in exact), keys, values, new, 0.3
+            case = query.to(dtype), tuple(states.to(dtype) for states in exact), keys, values, new, 0.3
             want = attention_reference(case[0].float(), *case[1:])
             got = gpu_attention.attention(*case)
             assert got.dtype == dtype
