@@ -258,12 +258,13 @@ def compiled(kernel: object, constants: dict, options: dict, target: str) -> obj
     types["affine"] = "*u8" if constants.get("EIGHT_BITS") else "*bf16"
     if kernel is gpu_packing.group_pack:  # scales are written as they are stored
         types["affine"] = "*u8" if constants["UNITS"] else "*i16"
+    words = {2: "*i16", 4: "*i32", 8: "*i64"}
     if kernel in (gpu_group_products.group_scores, gpu_group_products.group_sums):
-        types["packed"] = {2: "*i16", 4: "*i32", 8: "*i64"}.get(constants["BITS"], "*u8")
+        types["packed"] = words.get(constants["BITS"], "*u8")
     products = gpu_products.packed_product, gpu_products.packed_expand, gpu_decode.decode_product
     if kernel in products and not constants["MASKED"]:
-        words = {2: "*i16", 4: "*i32"} | ({8: "*i64"} if kernel is gpu_decode.decode_product else {})
-        types["values"] = words.get(constants["BITS"], "*u8")
+        bytewise = constants["BITS"] == 8 and kernel is not gpu_decode.decode_product
+        types["values"] = "*u8" if bytewise else words.get(constants["BITS"], "*u8")
     if kernel is gpu_hadamard.transform:
         types["y"] = "*i8" if constants["ROUND"] else "*bf16"
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}

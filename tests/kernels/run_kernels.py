@@ -27,7 +27,7 @@ WIDTHS = {int(bits) for bits in sys.argv[2:]} or {2, 3, 4, 5, 6, 7, 8, 16}
 torch.manual_seed(0)
 HALF = torch.float16 if sys.argv[1] == "cpu" else torch.bfloat16  # the interpreter gets bf16 wrong
 errors: dict[str, float] = {}
-empty = torch.empty
+empty, new_empty = torch.empty, torch.Tensor.new_empty
 
 
 def note(name: str, got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -37,6 +37,11 @@ def note(name: str, got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) ->
 
 def poisoned(*shape: int) -> torch.Tensor:
     return torch.full(shape, torch.nan)
+
+
+def poisoned_like(like: torch.Tensor, *shape: int, **how: object) -> torch.Tensor:
+    made = new_empty(like, *shape, **how)
+    return made.fill_(torch.nan if made.is_floating_point() else 99)
 
 
 def expand_case(name: str, stored: gpu_products.Weight, weight: torch.Tensor) -> None:
@@ -184,6 +189,10 @@ for bits in sorted(WIDTHS & {2, 3, 4, 8}):
         torch.empty = empty
         name = f"{bits} bits {rows}x{tokens}x{runs}x{run} {kind}"
         errors[f"scores {name}"] = float(((got - want).abs().max() / want.abs().max()).nan_to_num(nan=1.0))
+    gpu_group_products.PROGRAMS, gpu_attention.TOGETHER = (
+        15,
+        2,
+    )  # several parts, of several tiles, put together in several steps
     # groups of packed tokens, tokens of each, exact ones, queries, new ones; channels of keys, runs of values, channels
     for groups, tokens, exact, queries, new, width, runs, run, kind in (
         (1, 5, 7, 3, 1, 48, 2, 24, EIGHT_BITS), (15, 40, 70, 2, 2, 16, 2, 32, torch.bfloat16),
@@ -197,7 +206,10 @@ for bits in sorted(WIDTHS & {2, 3, 4, 8}):
         for dtype in (torch.float32, HALF):
             case = query.to(dtype), tuple(states.to(dtype) for states in exact), keys, values, new, 0.3
             want = attention_reference(case[0].float(), *case[1:])
+            torch.empty = lambda *shape, **_: poisoned(*shape)
+            torch.Tensor.new_empty = poisoned_like
             got = gpu_attention.attention(*case)
+            torch.empty, torch.Tensor.new_empty = empty, new_empty
             assert got.dtype == dtype
             name = f"attention {bits} bits {groups}x{tokens}x{runs}x{run} {kind} {queries} queries {dtype}"
             errors[name] = float(((got - want).abs().max() / want.abs().max()).nan_to_num(nan=1.0))
