@@ -7,7 +7,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from compress.quantizer import SCALE_DTYPE, dequantize, groups_of, quantize, round_to_nearest, search_scale
+from compress import quantizer
+from compress.quantizer import (
+    SCALE_DTYPE,
+    Group,
+    dequantize,
+    groups_of,
+    quantize,
+    round_to_nearest,
+    search_scale,
+    search_scales,
+)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -46,6 +56,20 @@ def test_scales_are_what_storage_holds() -> None:
     scale = search_scale(torch.randn(30, 32), 4)
     assert torch.equal(scale, scale.to(SCALE_DTYPE).float())
     assert (scale < 0).any() and (scale > 0).any()  # the sign gives the longer side of the range to the larger weights
+
+
+@pytest.mark.parametrize("power", [2.0, 2.4])
+def test_groups_searched_together_get_the_scales_of_each_alone(power: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes and widths that change from run to run, and rows that come a few at a time."""
+    groups = [*groups_of(40, 4, 16), *groups_of(32, 4, 16, start=40), Group(72, 88, 8)]
+    weight, importance = torch.randn(23, 88), torch.rand(88)
+    alone = [
+        search_scale(weight[:, g.start : g.stop], g.bits, power=power, importance=importance[g.start : g.stop])
+        for g in groups
+    ]
+    for at_once in (1, 100, 1 << 18):
+        monkeypatch.setattr(quantizer, "_AT_ONCE_ON_CPU", at_once)
+        assert torch.equal(search_scales(weight, groups, power=power, importance_I=importance), torch.cat(alone, dim=1))
 
 
 def test_importance_protects_the_columns_it_names() -> None:

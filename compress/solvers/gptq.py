@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels.column_rounding import round_columns
-from compress.quantizer import Group, search_scales, stored_scale
+from compress.quantizer import Group, by_group, runs_of, search_scales, stored_scale
 
 _SCALES_AT_ONCE = 1 << 25  # entries of the normal matrices of a refit
 
@@ -149,6 +149,11 @@ def _coordinate_descent(
     return codes_IN.T.contiguous()
 
 
+def _group_sums(x_NI: Tensor, groups: list[Group]) -> Tensor:
+    """Sums `[N, G]` over the columns of every group."""
+    return torch.cat([by_group(x_NI, run).sum(dim=-1) for run in runs_of(groups)], dim=1)
+
+
 def _refit_scales(weight_NI: Tensor, damped_II: Tensor, codes_NI: Tensor, scales_NG: Tensor, groups: list[Group]) -> Tensor:
     """Least-squares scales of every row for fixed codes: a G x G system per row, fp64, damped towards the old scales."""
     gram = damped_II.double()
@@ -158,12 +163,9 @@ def _refit_scales(weight_NI: Tensor, damped_II: Tensor, codes_NI: Tensor, scales
         parts = zip(*(tensor.split(most) for tensor in (weight_NI, codes_NI, scales_NG)), strict=True)
         return torch.cat([_refit_scales(weight, damped_II, code, scale, groups) for weight, code, scale in parts])
     image = weight_NI.double() @ gram
-    right = torch.stack([(codes[:, g.start : g.stop] * image[:, g.start : g.stop]).sum(dim=1) for g in groups], dim=1)
-    normal = codes.new_zeros(len(codes), len(groups), len(groups))
-    for row, a in enumerate(groups):
-        spread = codes[:, a.start : a.stop] @ gram[a.start : a.stop]  # [N, I]
-        for column, b in enumerate(groups):
-            normal[:, row, column] = (spread[:, b.start : b.stop] * codes[:, b.start : b.stop]).sum(dim=1)
+    right = _group_sums(codes * image, groups)
+    spreads = (codes[:, g.start : g.stop] @ gram[g.start : g.stop] for g in groups)  # [N, I] each
+    normal = torch.stack([_group_sums(spread * codes, groups) for spread in spreads], dim=1)
     ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None] + torch.finfo(torch.float64).tiny
     normal.diagonal(dim1=1, dim2=2).add_(ridge)
     fitted = torch.linalg.solve(normal, right + ridge * scales_NG.double())
