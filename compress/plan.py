@@ -88,7 +88,12 @@ def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
         for name in candidates
         if name != head and "experts" not in name and not any(rule.matches(name) for rule in recipe.weights)
     ]
-    return Plan(blocks_name, len(blocks), tuple(jobs), _notes(blocks, routers, unmatched))
+    elsewhere = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != head and not name.startswith(blocks_name + ".")
+    ]
+    return Plan(blocks_name, len(blocks), tuple(jobs), _notes(blocks_name, blocks, routers, unmatched, elsewhere))
 
 
 def _budgeted(model: nn.Module, source: Source, recipe: Recipe, linears: dict[str, nn.Linear], blocks_name: str) -> Recipe:
@@ -191,7 +196,9 @@ def _is_router(model: nn.Module, name: str, module: nn.Linear) -> bool:
     return bool(experts) and name.rpartition(".")[2] in {"gate", "router", "shared_expert_gate"}
 
 
-def _notes(blocks: nn.ModuleList, routers: set[str], unmatched: list[str]) -> tuple[str, ...]:
+def _notes(
+    blocks_name: str, blocks: nn.ModuleList, routers: set[str], unmatched: list[str], elsewhere: list[str]
+) -> tuple[str, ...]:
     notes = []
     experts = sum("experts" in name for name, _ in blocks.named_parameters())
     if experts or routers:
@@ -201,4 +208,14 @@ def _notes(blocks: nn.ModuleList, routers: set[str], unmatched: list[str]) -> tu
         notes.append(
             f"left as they are: {len(unmatched)} linears of the blocks that no target matches ({', '.join(leaves)})"
         )
+    if elsewhere:
+        towers = sorted({_apart(name, blocks_name) for name in elsewhere})
+        notes.append(f"left as they are: {len(elsewhere)} linears outside the decoder's blocks ({', '.join(towers)})")
     return tuple(notes)
+
+
+def _apart(name: str, blocks_name: str) -> str:
+    """The largest module around a module that holds no decoder block, e.g. a vision tower."""
+    parts = name.split(".")
+    ancestors = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+    return next(ancestor for ancestor in ancestors if not blocks_name.startswith(ancestor + "."))

@@ -19,6 +19,7 @@ from compress.checkpoint import GUARD
 from compress.errors import CompressError
 from compress.layers import CompressedLinear
 from compress.methods import names
+from compress.prepare import prepare
 from compress.recipe import Recipe
 from compress.report import Report
 from compress.run import run
@@ -167,7 +168,10 @@ def test_blocks_under_other_names(kind: str, tmp_path: Path) -> None:
         before = "h.0.mlp.dense_h_to_4h.weight"
     assert before in load_file(source / "model.safetensors")
     weights = [{"method": "none", "targets": ["*head"]}, {"method": "gptq", "bits": 8, "targets": ["*"]}]
-    report = run(source, Recipe.from_dict({**tiny_recipe(), "weights": weights}), tmp_path / "out")
+    recipe = Recipe.from_dict({**tiny_recipe(), "weights": weights})
+    tower = "left as they are: 21 linears outside the decoder's blocks (model.vision_tower)"  # 3 blocks of 6, 3 that pool
+    assert (tower in prepare(source, recipe, "cpu").plan.notes) == (kind == "multimodal")
+    report = run(source, recipe, tmp_path / "out")
     assert len(report.modules) == 3 * (7 if kind == "multimodal" else 4)
     model, original = compress.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(source)
     want = logits(original)
