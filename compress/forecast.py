@@ -85,9 +85,10 @@ def trial_flops(prepared: Prepared) -> float:
         kept = [kinds[index] for index in forms.worth_it(job, len(kinds))]
         forms.note(job, 0)
         inputs, outputs = job.spec["in_features"], job.spec["out_features"]
-        for tried in {form for kind in kept for form in own_size(job, kind)} | {*sizes_of(job, kept[0])}:
+        compared = {form for kind in kept for form in own_size(job, kind)} if len(kept) > 1 else set()
+        for tried in compared | {*sizes_of(job, kept[0])}:
             quick = method.quick(tried) if hasattr(method, "quick") else tried
-            neurons = outputs // one_of(method, tried, outputs)
+            neurons = outputs // (1 if tried in compared else one_of(method, tried, outputs))
             spec = spec_of(prepared.model, prepared.source, job, tried)
             total += method.flops(inputs, neurons, spec, quick) if spec else 0
     return total

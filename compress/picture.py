@@ -7,14 +7,14 @@ from collections import defaultdict
 from pathlib import Path
 
 from compress.errors import CompressError
-from compress.report import ModuleReport, Report
+from compress.report import ModuleReport, Report, balance
 
 _FORMATS = ("png", "svg", "pdf")
 
 
 def draw(report: Report, file: Path) -> None:
-    """Bits per weight and output error of every matrix over the blocks, a line for each kind of matrix; the mark tells the
-    form it has.
+    """Bytes, bits per weight and output error of every matrix over the blocks, a line for each kind of matrix; the mark
+    tells the form it has.
 
     Raises:
         CompressError: a file name that says no format we draw.
@@ -25,6 +25,7 @@ def draw(report: Report, file: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     leaves: dict[str, list[tuple[int, ModuleReport]]] = defaultdict(list)
     for module in report.modules:
@@ -32,10 +33,11 @@ def draw(report: Report, file: Path) -> None:
         leaves[module.name.rpartition(".")[2]].append((int(block[1]) if block else 0, module))
     forms = sorted({_form(module) for module in report.modules})
     marks = dict(zip(forms, "os^Dv*PX" * len(forms), strict=False))
-    figure, axes = pyplot.subplots(2, 1, figsize=(10, 8), sharex=True, layout="constrained")
+    figure, axes = pyplot.subplots(3, 1, figsize=(10, 11), sharex=True, layout="constrained")
     values = (
-        (axes[0], "bits per weight", lambda m: m.bits_per_weight),
-        (axes[1], "relative output error", lambda m: m.error),
+        (axes[0], "MB", lambda m: m.packed_bytes / 1e6),
+        (axes[1], "bits per weight", lambda m: m.bits_per_weight),
+        (axes[2], "relative output error", lambda m: m.error),
     )
     for axis, label, value in values:
         for color, (leaf, modules) in enumerate(leaves.items()):
@@ -54,10 +56,11 @@ def draw(report: Report, file: Path) -> None:
         axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.grid(alpha=0.3)
     for form, mark in marks.items():
-        axes[1].scatter([], [], color="0.3", marker=mark, s=22, label=form)
+        axes[2].scatter([], [], color="0.3", marker=mark, s=22, label=form)
     axes[0].legend(ncols=4, fontsize="small")
-    axes[1].legend(ncols=3, fontsize="small")
-    axes[1].set_xlabel("block")
+    axes[2].legend(ncols=3, fontsize="small")
+    axes[2].set_xlabel("block")
+    axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     summary = report.summary()
     size = f"{summary['packed_bytes'] / 1e6:.1f} MB, {summary['bits_per_weight']:.2f} bits per weight"
     axes[0].set_title(f"{Path(report.model).name}: {size}")
@@ -70,4 +73,4 @@ def _form(module: ModuleReport) -> str:
     if spec["format"] != "sparse_dictionary":
         return spec["format"]
     kind = "learned" if not spec["unit_atoms"] else "identity+learned" if spec["num_atoms"] else "identity"
-    return kind + (f", {spec['value_bits']} bits" if spec["value_bits"] < 16 else "")
+    return kind + balance(spec) + (f", {spec['value_bits']} bits" if spec["value_bits"] < 16 else "")

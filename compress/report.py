@@ -145,15 +145,22 @@ _SHOWN = {"format", "in_features", "out_features", "bias"}  # elsewhere in every
 _NEUTRAL = {"activation_bits": 16, "activation_groups": 1}  # of a layer that rounds no inputs
 
 
+def balance(spec: Spec) -> str:
+    """` 2:4` or ` 16:32` where a support is balanced."""
+    return f" {spec['balance'] // 2}:{spec['balance']}" if spec["balance"] else ""
+
+
 def sizes(spec: Spec) -> str:
-    """The format's own numbers: `K 288, s 152, K/s 1.89`, `identity, s 424 of 576, 4 bits`, `bits 4, group_size 128`."""
+    """The format's own numbers: `K 288, s 152, K/s 1.89`, `identity 2:4, s 288 of 576, 4 bits`, `bits 4, group_size 128`."""
     if spec["format"] == "sparse_dictionary":
         learned, nonzeros, bits = spec["num_atoms"], spec["num_nonzeros"], spec["value_bits"]
         width = f", {bits} bits" if bits < 16 else ""
+        if learned and spec["dictionary_bits"] < 16:
+            width += f", atoms {spec['dictionary_bits']} bits"
         if not spec["unit_atoms"]:
             return f"K {learned}, s {nonzeros}, K/s {learned / nonzeros:.2f}{width}"
         kind = f"identity + {learned} atoms" if learned else "identity"
-        return f"{kind}, s {nonzeros} of {spec['in_features'] + learned}{width}"
+        return f"{kind}{balance(spec)}, s {nonzeros} of {spec['in_features'] + learned}{width}"
     said = {key: value for key, value in spec.items() if value and value != _NEUTRAL.get(key) and key not in _SHOWN}
     if not spec.get("high_features"):
         said.pop("high_bits", None)

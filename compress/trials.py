@@ -9,9 +9,10 @@ original model, rotated where a rule rotates it, and each is priced by what it d
 
 Without search f is one: alternatives of one matrix are compared by its output error at equal bytes.
 
-Two things keep trials short. Where every neuron is solved for itself (unit vectors), one of every few neurons is tried, in
-the order of their sensitivities. And a form of dictionary that was the best for none of the first few matrices of a
-name is not tried on the others of that name.
+Two things keep trials short. A form of dictionary that was the best for none of the first few matrices of a name is not
+tried on the others of that name. And where every neuron is solved for itself (unit vectors), the sizes of a form are tried
+on one of every few neurons, in the order of their sensitivities; forms are compared on all, because one neuron may count
+as much as a hundred others.
 
 Cost: one pass of the block loop, a backward one where gradients are needed (`compress.passes`), and the trials, most of it.
 What was tried of a block is kept: a run that was cut off repeats the passes alone.
@@ -170,15 +171,15 @@ def _tried(
     before = whole.model_dump()
     found: dict[str, Candidate] = {}
 
-    def trial(options: methods.MethodConfig) -> Candidate | None:
-        """The price of one alternative; None when it does not fit the matrix."""
+    def trial(options: methods.MethodConfig, every: int) -> Candidate | None:
+        """The price of one alternative by one of `every` neurons; None when it does not fit the matrix."""
         spec = spec_of(prepared.model, prepared.source, job, options)
         if spec is None:
             return None
         key = json.dumps(spec, sort_keys=True)
         if key not in found:
             try:
-                error, price = _priced(method, options, weight, inputs, judge, spec)
+                error, price = _priced(method, options, weight, inputs, judge, spec, every)
             except (ValueError, torch.linalg.LinAlgError) as failure:
                 raise CompressError(f"{job.name}: {failure}") from failure
             # a size is stated in any case: it holds for another rule, too (`compress.earlier`)
@@ -192,13 +193,13 @@ def _tried(
     worth_it = forms.worth_it(job, len(kinds))
     best = worth_it[0]
     if len(worth_it) > 1:
-        own = {index: [trial(form) for form in own_size(job, kinds[index])] for index in worth_it}
+        own = {index: [trial(form, 1) for form in own_size(job, kinds[index])] for index in worth_it}
         prices = {index: min(one.price for one in tried if one) for index, tried in own.items() if any(tried)}
         best = min(prices, key=prices.__getitem__, default=best)
     if minds(job, "allocation", "search"):
         found.clear()  # the other forms lost
     for options in sizes_of(job, kinds[best]):
-        trial(options)
+        trial(options, one_of(method, options, len(weight)))
     if not found:
         raise CompressError(f"{job.name}: nothing fits its budget; lower the ratio, or leave it out with `method: none`")
     return best, list(found.values())
@@ -211,10 +212,10 @@ def _priced(
     inputs: SecondMoment,
     judge: SecondMoment,
     spec: Spec,
+    every: int,
 ) -> tuple[float, float]:
-    """Relative output error and price of one way to store a matrix, from a sample of its neurons where that will do."""
-    importance = inputs.importance_N
-    every, share = one_of(method, options, len(weight)), 1.0
+    """Relative output error and price of one way to store a matrix, from one of `every` neurons."""
+    importance, share = inputs.importance_N, 1.0
     if every > 1:
         rows, share = _sample(importance, len(weight), every)
         importance = None if importance is None else importance[rows.to(importance.device)]

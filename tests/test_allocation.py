@@ -332,6 +332,18 @@ def test_auto_takes_the_better_dictionary(tiny: Path, tmp_path: Path) -> None:
     assert all(spec["unit_atoms"] and not spec["num_atoms"] for name, spec in specs.items() if name not in record)
 
 
+def test_dictionaries_are_compared_on_all_neurons(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample might leave out the few neurons that count."""
+    prepared = prepare(tiny, Recipe.from_dict(tiny_recipe(dictionary="auto", ratio=0.3)), "cpu")
+    found = []
+    for neurons in (256, 4):
+        monkeypatch.setattr("compress.forms._NEURONS", neurons)
+        folder = tmp_path / str(neurons)
+        folder.mkdir()
+        found.append(trials.run_trials(prepared, open_jobs(prepared.plan), _tokens(prepared, None), folder, Silent()))
+    assert found[0].candidates == found[1].candidates and all(len(each) == 3 for each in found[0].candidates.values())
+
+
 def test_auto_tries_nothing_where_inputs_outnumber_outputs() -> None:
     options = cospadi.Config(ratio=0.3)
     assert [form.dictionary for form in cospadi.kinds(Site(128, 64), options)] == ["identity"]
