@@ -47,6 +47,8 @@ from compress.plan import Job, minds
 from compress.prepare import Prepared, skeleton_of
 from compress.staging import TRIED
 
+_FLATTERED = 1.05  # a trial makes other forms than the first look up to 3 % better beside it than they are; ties go to it
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -171,8 +173,8 @@ def _tried(
     before = whole.model_dump()
     found: dict[str, Candidate] = {}
 
-    def trial(options: methods.MethodConfig, every: int) -> Candidate | None:
-        """The price of one alternative by one of `every` neurons; None when it does not fit the matrix."""
+    def trial(options: methods.MethodConfig, kind: int, every: int) -> Candidate | None:
+        """The price of one alternative of a kind by one of `every` neurons; None when it does not fit the matrix."""
         spec = spec_of(prepared.model, prepared.source, job, options)
         if spec is None:
             return None
@@ -186,20 +188,20 @@ def _tried(
             changed = {
                 name: value for name, value in options.model_dump().items() if value != before[name] or name == "ratio"
             }
-            found[key] = Candidate(changed, packed_bytes(spec), error, price)
+            found[key] = Candidate(changed, packed_bytes(spec), error, price * (_FLATTERED if kind else 1))
         return found[key]
 
     kinds = kinds_of(job)
     worth_it = forms.worth_it(job, len(kinds))
     best = worth_it[0]
     if len(worth_it) > 1:
-        own = {index: [trial(form, 1) for form in own_size(job, kinds[index])] for index in worth_it}
+        own = {index: [trial(form, index, 1) for form in own_size(job, kinds[index])] for index in worth_it}
         prices = {index: min(one.price for one in tried if one) for index, tried in own.items() if any(tried)}
         best = min(prices, key=prices.__getitem__, default=best)
     if minds(job, "allocation", "search"):
         found.clear()  # the other forms lost
     for options in sizes_of(job, kinds[best]):
-        trial(options, one_of(method, options, len(weight)))
+        trial(options, best, one_of(method, options, len(weight)))
     if not found:
         raise CompressError(f"{job.name}: nothing fits its budget; lower the ratio, or leave it out with `method: none`")
     return best, list(found.values())
