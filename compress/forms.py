@@ -18,7 +18,7 @@ from compress.report import megabytes
 from compress.source import Source
 
 _NEURONS = 256  # of a matrix, at least, where they are tried one by one
-_ENOUGH = 4  # matrices of one name in which a form never was the best
+_ENOUGH = 3  # matrices of one name in which a form never was the best
 
 
 def open_jobs(plan: Plan) -> list[Job]:
