@@ -21,7 +21,9 @@ class BudgetConfig(MethodConfig):
     """The budget of a rule."""
 
     ratio: float = Field(0.2, ge=0, lt=1, description="fraction of the bf16 bytes to remove, mask and scales counted")
-    target_size: ByteSize | None = Field(None, description="bytes of all tensors of the checkpoint, as in 180MB; replaces ratio")
+    target_size: ByteSize | None = Field(
+        None, description="bytes of all tensors of the checkpoint, as 180MB; replaces ratio"
+    )
     target_bits: float | None = Field(None, gt=0, lt=16, description="bits per weight; replaces ratio")
     allocation: Literal["uniform", "search"] = Field(
         "uniform", description="the same ratio for every matrix, or more for those the output depends on"
