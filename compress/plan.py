@@ -62,11 +62,8 @@ def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
     """
     blocks_name, blocks = decoder_blocks(model)
     head = output_head(model)
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (name.startswith(blocks_name + ".") or name == head)
-    }
+    every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: every[name] for name in every if name.startswith(blocks_name + ".") or name == head}
     routers = {name for name in linears if _is_router(model, name, linears[name])}
     candidates = {name: module for name, module in linears.items() if name not in routers}
     _require_matches(model, recipe, candidates)
@@ -88,12 +85,8 @@ def make_plan(model: nn.Module, source: Source, recipe: Recipe) -> Plan:
         for name in candidates
         if name != head and "experts" not in name and not any(rule.matches(name) for rule in recipe.weights)
     ]
-    elsewhere = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != head and not name.startswith(blocks_name + ".")
-    ]
-    return Plan(blocks_name, len(blocks), tuple(jobs), _notes(blocks_name, blocks, routers, unmatched, elsewhere))
+    notes = _notes(blocks_name, blocks, routers, unmatched, every.keys() - linears.keys())
+    return Plan(blocks_name, len(blocks), tuple(jobs), notes)
 
 
 def _budgeted(model: nn.Module, source: Source, recipe: Recipe, linears: dict[str, nn.Linear], blocks_name: str) -> Recipe:
@@ -197,7 +190,7 @@ def _is_router(model: nn.Module, name: str, module: nn.Linear) -> bool:
 
 
 def _notes(
-    blocks_name: str, blocks: nn.ModuleList, routers: set[str], unmatched: list[str], elsewhere: list[str]
+    blocks_name: str, blocks: nn.ModuleList, routers: set[str], unmatched: list[str], elsewhere: set[str]
 ) -> tuple[str, ...]:
     notes = []
     experts = sum("experts" in name for name, _ in blocks.named_parameters())

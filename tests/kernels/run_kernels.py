@@ -189,10 +189,8 @@ for bits in sorted(WIDTHS & {2, 3, 4, 8}):
         torch.empty = empty
         name = f"{bits} bits {rows}x{tokens}x{runs}x{run} {kind}"
         errors[f"scores {name}"] = float(((got - want).abs().max() / want.abs().max()).nan_to_num(nan=1.0))
-    gpu_group_products.PROGRAMS, gpu_attention.TOGETHER = (
-        15,
-        2,
-    )  # several parts, of several tiles, put together in several steps
+    gpu_group_products.PROGRAMS = 15  # several parts, of several tiles,
+    gpu_attention.TOGETHER = 2  # put together in several steps
     # groups of packed tokens, tokens of each, exact ones, queries, new ones; channels of keys, runs of values, channels
     for groups, tokens, exact, queries, new, width, runs, run, kind in (
         (1, 5, 7, 3, 1, 48, 2, 24, EIGHT_BITS), (15, 40, 70, 2, 2, 16, 2, 32, torch.bfloat16),

@@ -8,6 +8,7 @@ import torch
 from compress.layers import build, dense_bytes, packed_bytes
 from compress.linalg import SecondMoment
 from compress.methods import Site, cospadi, svd_llm
+from compress.report import sizes
 
 SHAPES = [(576, 576), (576, 192), (576, 1536), (1536, 576), (4096, 14336), (100, 60)]
 
@@ -171,6 +172,13 @@ def test_balance_as_yaml_reads_it(written: object) -> None:
     config = cospadi.Config(ratio=0.4, balance=written, dictionary="identity")
     assert config.balance in ("2:4", "16:32")
     assert spec_of(cospadi, 96, 160, config)["num_nonzeros"] == 48
+
+
+def test_what_is_stored_is_told_in_full() -> None:
+    halved = cospadi.Config(ratio=0.4, balance="2:4", dictionary="identity")
+    assert sizes(spec_of(cospadi, 96, 160, halved)) == "identity 2:4, s 48 of 96"
+    rounded = spec_of(cospadi, 96, 160, cospadi.Config(ratio=0.7, dictionary="learned", value_bits=8, dictionary_bits=4))
+    assert sizes(rounded).endswith(", 8 bits, atoms 4 bits")
 
 
 @pytest.mark.parametrize("bits", [16, 4])
